@@ -1,0 +1,48 @@
+"""What all tests share: one body for both devices, and who is skipped where."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import hypothesis
+import numpy
+import pytest
+
+from gradengine.device import cuda_unavailable_reason, import_cupy
+
+# How long an example takes depends on what else the machine does: no test is about time.
+hypothesis.settings.register_profile("gradengine", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("gradengine")
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request: pytest.FixtureRequest) -> Any:
+    """Give the array module: the test runs with NumPy, and with CuPy where a GPU is usable."""
+    return numpy if request.param == "numpy" else import_cupy()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what compares with PyTorch, so that ``-m pytorch`` finds every such test."""
+    if _uses_torch(item):
+        item.add_marker("pytorch")
+
+
+def _uses_torch(item: pytest.Item) -> bool:
+    """Whether the test's module holds `torch`, or the test asks for it with importorskip."""
+    if not isinstance(item, pytest.Function):
+        return False
+    code = item.function.__code__
+    return hasattr(item.module, "torch") or (
+        "importorskip" in code.co_names and "torch" in code.co_consts
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, saying why, what this machine cannot run."""
+    if item.get_closest_marker("gpu"):
+        reason = cuda_unavailable_reason()
+        if reason is not None:
+            pytest.skip(f"CUDA is not usable: {reason}")
+    if item.get_closest_marker("pytorch") and find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
