@@ -1,0 +1,183 @@
+"""The seam between operations and the code of a device: one function for each kernel.
+
+A kernel takes arrays and returns arrays: NumPy's run in `gradengine.kernels.cpu`, CuPy's in
+`gradengine.kernels.cuda`, each imported when its first kernel runs. Shapes are NCHW and OIHW. Any
+strides are accepted; 4-D results are channels-last in memory (`out.transpose(0, 2, 3, 1)` is
+C-contiguous) and so are converted nowhere on their way through a network. Results have the dtype of
+the inputs: float32 or float64, on CUDA also float16 with sums in float32. An empty batch works.
+
+Geometries come from `gradengine.kernels.geometry`, which checks the shapes they are made from; here
+an array that does not fit its geometry is refused, since compiled code would read past its end.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from gradengine.kernels.geometry import Conv2dGeometry, Pool2dGeometry
+    from gradengine.kernels.layout import Array
+
+_DTYPES = {
+    "cpu": (np.dtype(np.float32), np.dtype(np.float64)),
+    "cuda": (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)),
+}
+
+
+def conv2d(x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry) -> Array:
+    """Cross-correlate x (N, C, H, W) with weight (K, C / groups, R, S) and add bias (K,) or None.
+
+    Returns (N, K, out_height, out_width).
+    """
+    _check_shape("conv2d", "x", x, geometry.input_shape)
+    _check_shape("conv2d", "weight", weight, geometry.weight_shape)
+    if bias is None:
+        return _module("conv2d", "conv2d", x=x, weight=weight).conv2d(x, weight, None, geometry)
+    _check_shape("conv2d", "bias", bias, (geometry.out_channels,))
+    module = _module("conv2d", "conv2d", x=x, weight=weight, bias=bias)
+    return module.conv2d(x, weight, bias, geometry)
+
+
+def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
+    """Give conv2d's gradient by x, (N, C, H, W), for grad (N, K, out_height, out_width)."""
+    name = "conv2d_grad_input"
+    _check_shape(name, "grad", grad, geometry.output_shape)
+    _check_shape(name, "weight", weight, geometry.weight_shape)
+    return _module(name, "conv2d", grad=grad, weight=weight).conv2d_grad_input(
+        grad, weight, geometry
+    )
+
+
+def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
+    """Give conv2d's gradient by weight, (K, C / groups, R, S), for grad shaped like its output."""
+    name = "conv2d_grad_weight"
+    _check_shape(name, "grad", grad, geometry.output_shape)
+    _check_shape(name, "x", x, geometry.input_shape)
+    return _module(name, "conv2d", grad=grad, x=x).conv2d_grad_weight(grad, x, geometry)
+
+
+def max_pool2d(x: Array, geometry: Pool2dGeometry) -> tuple[Array, Array]:
+    """Give the largest pixel of each window of x (N, C, H, W), and where it stands.
+
+    The positions are int32, h * W + w in the input plane. The first of equal pixels wins; NaN
+    beats all, the last NaN of a window other NaNs; padding never wins. Both results are
+    (N, C, out_height, out_width).
+    """
+    _check_shape("max_pool2d", "x", x, geometry.input_shape)
+    return _module("max_pool2d", "pooling", x=x).max_pool2d(x, geometry)
+
+
+def max_pool2d_scatter(grad: Array, indices: Array, geometry: Pool2dGeometry) -> Array:
+    """Sum grad at the positions that max_pool2d gave: its gradient by x, (N, C, H, W).
+
+    grad and indices are (N, C, out_height, out_width). A position outside its window adds nothing.
+    """
+    name = "max_pool2d_scatter"
+    _check_shape(name, "grad", grad, geometry.output_shape)
+    _check_shape(name, "indices", indices, geometry.output_shape)
+    return _module(name, "pooling", grad=grad).max_pool2d_scatter(grad, indices, geometry)
+
+
+def max_pool2d_gather(x: Array, indices: Array, geometry: Pool2dGeometry) -> Array:
+    """Take the pixels of x (N, C, H, W) at the positions that max_pool2d gave: scatter's adjoint.
+
+    indices and the result are (N, C, out_height, out_width).
+    """
+    name = "max_pool2d_gather"
+    _check_shape(name, "x", x, geometry.input_shape)
+    _check_shape(name, "indices", indices, geometry.output_shape)
+    return _module(name, "pooling", x=x).max_pool2d_gather(x, indices, geometry)
+
+
+def avg_pool2d(x: Array, geometry: Pool2dGeometry) -> Array:
+    """Average the windows of x (N, C, H, W); the geometry says what padding counts for.
+
+    Returns (N, C, out_height, out_width).
+    """
+    _check_shape("avg_pool2d", "x", x, geometry.input_shape)
+    return _module("avg_pool2d", "pooling", x=x).avg_pool2d(x, geometry)
+
+
+def avg_pool2d_grad(grad: Array, geometry: Pool2dGeometry) -> Array:
+    """Give avg_pool2d's gradient, (N, C, H, W), for grad (N, C, out_height, out_width)."""
+    _check_shape("avg_pool2d_grad", "grad", grad, geometry.output_shape)
+    return _module("avg_pool2d_grad", "pooling", grad=grad).avg_pool2d_grad(grad, geometry)
+
+
+def batch_norm(
+    x: Array, weight: Array | None, bias: Array | None, eps: float
+) -> tuple[Array, Array, Array]:
+    """Normalize each channel of x (N, C, H, W) by its own mean and biased variance.
+
+    weight and bias are (C,) or None. Returns out = (x - mean) / sqrt(var + eps) * weight + bias,
+    mean and var. Mean and variance of an empty batch are 0.
+    """
+    given = _check_channels("batch_norm", x, weight=weight, bias=bias)
+    return _module("batch_norm", "normalization", x=x, **given).batch_norm(x, weight, bias, eps)
+
+
+def batch_norm_grad(
+    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
+) -> tuple[Array, Array, Array]:
+    """Give batch_norm's gradients by x, weight and bias for grad shaped like x (N, C, H, W).
+
+    mean (C,) is what batch_norm returned, inv_std (C,) is 1 / sqrt(var + eps); both depend on x,
+    and the gradient counts it.
+    """
+    name = "batch_norm_grad"
+    given = _check_channels(name, x, weight=weight, mean=mean, inv_std=inv_std)
+    _check_shape(name, "grad", grad, x.shape)
+    module = _module(name, "normalization", grad=grad, x=x, **given)
+    return module.batch_norm_grad(grad, x, weight, mean, inv_std)
+
+
+def scale_shift(x: Array, scale: Array, shift: Array) -> Array:
+    """Give x * scale + shift by channel: x (N, C, H, W), scale and shift (C,)."""
+    given = _check_channels("scale_shift", x, scale=scale, shift=shift)
+    return _module("scale_shift", "normalization", x=x, **given).scale_shift(x, scale, shift)
+
+
+def erf(x: Array) -> Array:
+    """Give the error function, 2 / sqrt(pi) * integral of exp(-t^2) from 0 to x, for any shape."""
+    return _module("erf", "special", x=x).erf(x)
+
+
+def _module(name: str, family: str, **arrays: Array) -> ModuleType:
+    """Give the module of a family of kernels for arrays of one kind and one dtype."""
+    first = next(iter(arrays.values()))
+    place = "cpu" if isinstance(first, np.ndarray) else "cuda"
+    dtype = first.dtype
+    if dtype not in _DTYPES[place] or any(array.dtype != dtype for array in arrays.values()):
+        allowed = " or ".join(str(known) for known in _DTYPES[place])
+        got = ", ".join(f"{key}.dtype={array.dtype}" for key, array in arrays.items())
+        raise TypeError(f"{name}: arrays must be of one dtype ({allowed} on {place}); got {got}")
+    return _import_family(place, family)
+
+
+@cache
+def _import_family(place: str, family: str) -> ModuleType:
+    return import_module(f"gradengine.kernels.{place}.{family}")
+
+
+def _check_channels(name: str, x: Array, **vectors: Array | None) -> dict[str, Array]:
+    """Check x (N, C, H, W) and vectors (C,); give the vectors that are not None."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"{name}: x must have four dimensions (x.ndim == 4); got x.shape={x.shape}"
+        )
+    given = {key: vector for key, vector in vectors.items() if vector is not None}
+    for key, vector in given.items():
+        _check_shape(name, key, vector, (x.shape[1],))
+    return given
+
+
+def _check_shape(name: str, argument: str, array: Array, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        rule = f"{argument} must have the shape that fits ({argument}.shape == {expected})"
+        raise ValueError(f"{name}: {rule}; got {argument}.shape={array.shape}")

@@ -1,0 +1,1 @@
+"""The kernels for NumPy arrays: Numba and BLAS, in channels-last memory."""

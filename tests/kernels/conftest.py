@@ -1,0 +1,78 @@
+"""The three ways to run a kernel, and arrays in awkward memory."""
+
+import importlib
+import math
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from gradengine import kernels
+from gradengine.device import import_cupy
+
+CUDA_FAMILIES = {
+    "conv2d": ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"),
+    "pooling": (
+        "max_pool2d",
+        "max_pool2d_scatter",
+        "max_pool2d_gather",
+        "avg_pool2d",
+        "avg_pool2d_grad",
+    ),
+    "normalization": ("batch_norm", "batch_norm_grad", "scale_shift"),
+    "special": ("erf",),
+}
+
+
+class Place:
+    """Runs kernels on NumPy arrays; checks dtype and channels-last memory of every result."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, kernel, *arguments):
+        dtype = arguments[0].dtype
+        results = self._function(kernel)(*map(self._give, arguments))
+        several = isinstance(results, tuple)
+        for result in results if several else (results,):
+            assert result.dtype == (np.int32 if result.dtype.kind == "i" else dtype)
+            if result.ndim == 4 and kernel != "erf":
+                assert result.transpose(0, 2, 3, 1).flags.c_contiguous
+        return tuple(map(self._take, results)) if several else self._take(results)
+
+    def _function(self, kernel):
+        if self.name != "cuda_on_numpy":
+            return getattr(kernels, kernel)
+        family = next(key for key, names in CUDA_FAMILIES.items() if kernel in names)
+        return getattr(importlib.import_module(f"gradengine.kernels.cuda.{family}"), kernel)
+
+    def _give(self, argument):
+        if self.name != "cupy" or not isinstance(argument, np.ndarray):
+            return argument
+        cupy = import_cupy()
+        moved = cupy.empty(argument.shape, argument.dtype)
+        if argument.ndim == 4 and not argument.flags.c_contiguous:
+            n, c, h, w = argument.shape
+            moved = cupy.empty((n, h, w, c), argument.dtype).transpose(0, 3, 1, 2)
+        moved[...] = cupy.asarray(np.ascontiguousarray(argument))
+        return moved
+
+    def _take(self, result):
+        return result if isinstance(result, np.ndarray) else import_cupy().asnumpy(result)
+
+
+@pytest.fixture(params=["cpu", "cuda_on_numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def place(request, monkeypatch):
+    if request.param == "cuda_on_numpy":
+        # CuPy's erf takes no NumPy array: the test hands in a stand-in of the same name
+        stand_in = ModuleType("cupyx.scipy.special")
+        stand_in.__dict__["erf"] = lambda x: np.vectorize(math.erf, otypes=[x.dtype])(x)
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+        monkeypatch.delitem(sys.modules, "gradengine.kernels.cuda.special", raising=False)
+    return Place(request.param)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240521)

@@ -1,0 +1,30 @@
+"""Arrays of equal values in different memory, and tolerances."""
+
+import numpy as np
+
+MEMORIES = ("nchw", "nhwc", "strided", "read_only")
+TOLERANCES = {np.dtype(np.float32): 3e-5, np.dtype(np.float64): 1e-12}
+
+
+def laid_out(array, memory):
+    """Give equal values in the memory named: one of MEMORIES."""
+    if memory == "nchw":
+        return np.ascontiguousarray(array)
+    if memory == "nhwc":
+        return np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    if memory == "read_only":
+        copied = laid_out(array, "nhwc")
+        copied.flags.writeable = False
+        return copied
+    room = np.full([2 * size for size in array.shape], np.nan, array.dtype)
+    strided = room[::2, ::-2, 1::2, ::2]
+    strided[...] = array
+    return strided
+
+
+def assert_close(got, expected, dtype):
+    """Compare relative to the largest expected value, as sums of many products err."""
+    expected = np.asarray(expected)
+    assert got.shape == expected.shape
+    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCES[np.dtype(dtype)] * scale)

@@ -1,0 +1,176 @@
+"""Batch normalization against plain loops, finite differences and PyTorch."""
+
+import numpy as np
+import pytest
+
+from gradengine import kernels
+from tests.kernels import references as reference
+from tests.kernels.memory import MEMORIES, assert_close, laid_out
+
+SHAPES = [(3, 5, 4, 7), (2, 1, 3, 3), (1, 4, 5, 2), (70, 3, 2, 3), (2, 3, 1, 1)]
+EPS = 1e-5
+
+
+def make(shape, rng, dtype=np.float64):
+    means, weight, bias = rng.standard_normal((3, shape[1]))
+    x = rng.standard_normal(shape) * 2 + means[:, None, None]
+    return x.astype(dtype), weight.astype(dtype), bias.astype(dtype)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_matches_plain_loops(shape, dtype, affine, place, rng):
+    x, weight, bias = make(shape, rng, dtype)
+    if not affine:
+        weight = bias = None
+    results = place("batch_norm", x, weight, bias, EPS)
+    for result, expected in zip(results, reference.batch_norm(x, weight, bias, EPS), strict=True):
+        assert_close(result, expected, dtype)
+
+
+def test_weight_and_bias_come_alone_as_well(place, rng):
+    x, weight, bias = make(SHAPES[0], rng)
+    for pair in ((weight, None), (None, bias)):
+        out, _, _ = place("batch_norm", x, *pair, EPS)
+        assert_close(out, reference.batch_norm(x, *pair, EPS)[0], np.float64)
+
+
+@pytest.mark.parametrize("mean", [1e3, -1e5])
+def test_variance_survives_a_mean_far_from_zero(mean, place, rng):
+    x = (rng.standard_normal((4, 3, 16, 16)) + mean).astype(np.float32)
+    out, got_mean, got_variance = place("batch_norm", x, None, None, EPS)
+    expected, expected_mean, expected_variance = reference.batch_norm(x, None, None, EPS)
+    np.testing.assert_allclose(got_mean, expected_mean, rtol=1e-7)
+    np.testing.assert_allclose(got_variance, expected_variance, rtol=1e-4)
+    # the returned mean's own rounding moves out by half a unit of mean's last place
+    np.testing.assert_allclose(out, expected, atol=1e-4 + 6e-8 * abs(mean))
+
+
+def test_a_far_first_pixel_does_not_spoil_the_variance(place, rng):
+    x = rng.standard_normal((4, 2, 8, 8))
+    x[0, :, 0, 0] = 1e8
+    _, _, variance = place("batch_norm", x, None, None, EPS)
+    np.testing.assert_allclose(variance, reference.batch_norm(x, None, None, EPS)[2], rtol=1e-10)
+
+
+def test_constant_channels_have_no_variance(place):
+    x = np.full((2, 3, 4, 4), 0.1, np.float32)
+    out, _, variance = place("batch_norm", x, None, None, EPS)
+    np.testing.assert_array_equal(variance, 0)
+    np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]])
+def test_gradients_match_finite_differences(shape, place, rng):
+    x, weight, bias = make(shape, rng)
+    grad = rng.standard_normal(shape)
+    _, mean, variance = reference.batch_norm(x, weight, bias, EPS)
+    inv_std = 1 / np.sqrt(variance + EPS)
+    gradients = place("batch_norm_grad", grad, x, weight, mean, inv_std)
+    arguments = [x, weight, bias]
+    for position, gradient in enumerate(gradients):
+        direction = rng.standard_normal(gradient.shape)
+        sides = []
+        for step in (1e-5, -1e-5):
+            moved = list(arguments)
+            moved[position] = moved[position] + step * direction
+            out, _, _ = reference.batch_norm(moved[0], moved[1], moved[2], EPS)
+            sides.append(np.vdot(out, grad))
+        slope = (sides[0] - sides[1]) / 2e-5
+        np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_any_strides(memory, place, rng):
+    x, weight, bias = make(SHAPES[0], rng)
+    grad = rng.standard_normal(x.shape)
+    vectors = [weight, bias]
+    expected = place("batch_norm", x, *vectors, EPS)
+    inv_std = 1 / np.sqrt(expected[2] + EPS)
+    expected_gradients = place("batch_norm_grad", grad, x, weight, expected[1], inv_std)
+    expected_scaled = place("scale_shift", x, *vectors)
+    moved, moved_grad = laid_out(x, memory), laid_out(grad, memory)
+    strided = [np.repeat(vector, 2)[::2] for vector in vectors]
+    results = [
+        (place("batch_norm", moved, *strided, EPS), expected),
+        (
+            place("batch_norm_grad", moved_grad, moved, strided[0], expected[1], inv_std),
+            expected_gradients,
+        ),
+        ((place("scale_shift", moved, *strided),), (expected_scaled,)),
+    ]
+    for got, wanted in results:
+        for one, other in zip(got, wanted, strict=True):
+            assert_close(one, other, np.float64)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scale_shift(dtype, place, rng):
+    x, scale, shift = make(SHAPES[0], rng, dtype)
+    expected = x.astype(np.float64) * scale[:, None, None] + shift[:, None, None]
+    assert_close(place("scale_shift", x, scale, shift), expected, dtype)
+
+
+def test_empty_batch(place):
+    x, vector = np.zeros((0, 3, 2, 2)), np.ones(3)
+    out, mean, variance = place("batch_norm", x, vector, vector, EPS)
+    assert out.shape == x.shape
+    np.testing.assert_array_equal([mean, variance], 0)
+    by_x, by_weight, by_bias = place("batch_norm_grad", x, x, vector, mean, vector)
+    assert by_x.shape == x.shape
+    np.testing.assert_array_equal([by_weight, by_bias], 0)
+    assert place("scale_shift", x, vector, vector).shape == x.shape
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_special_values_stay_in_their_channel(value):
+    x = np.arange(24.0).reshape(2, 3, 2, 2)
+    x[1, 1, 0, 0] = value
+    out, _, variance = kernels.batch_norm(x, None, None, EPS)
+    assert np.isnan(variance[1])
+    assert np.isnan(out[:, 1]).any()
+    assert np.isfinite(out[:, [0, 2]]).all()
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    x, vector, long = np.zeros((2, 3, 2, 2)), np.ones(3), np.ones(4)
+    with pytest.raises(ValueError, match=r"batch_norm: x must have .*; got x\.shape=\(3,\)"):
+        kernels.batch_norm(vector, None, None, EPS)
+    with pytest.raises(ValueError, match=r"batch_norm: bias must .*; got bias\.shape=\(4,\)"):
+        kernels.batch_norm(x, vector, long, EPS)
+    with pytest.raises(ValueError, match=r"batch_norm_grad: grad must .* got grad\.shape=\(2, 3\)"):
+        kernels.batch_norm_grad(x[..., 0, 0], x, vector, vector, vector)
+    with pytest.raises(ValueError, match=r"batch_norm_grad: mean must .*; got mean\.shape=\(4,\)"):
+        kernels.batch_norm_grad(x, x, vector, long, vector)
+    with pytest.raises(ValueError, match=r"scale_shift: shift must .*; got shift\.shape=\(4,\)"):
+        kernels.scale_shift(x, vector, long)
+    with pytest.raises(
+        TypeError, match=r"batch_norm: .*; got x.dtype=float64, weight.dtype=float32"
+    ):
+        kernels.batch_norm(x, vector.astype(np.float32), None, EPS)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_passes_match_pytorch(shape, affine, place, rng):
+    torch = pytest.importorskip("torch")
+    x, weight, bias = make(shape, rng)
+    if not affine:
+        weight = bias = None
+    grad = rng.standard_normal(shape)
+    tensors = [
+        None if array is None else torch.tensor(array, requires_grad=True)
+        for array in (x, weight, bias)
+    ]
+    expected = torch.nn.functional.batch_norm(
+        tensors[0], None, None, *tensors[1:], training=True, eps=EPS
+    )
+    expected.backward(torch.tensor(grad))
+    out, mean, variance = place("batch_norm", x, weight, bias, EPS)
+    assert_close(out, expected.detach().numpy(), np.float64)
+    inv_std = 1 / np.sqrt(variance + EPS)
+    gradients = place("batch_norm_grad", grad, x, weight, mean, inv_std)
+    for gradient, tensor in zip(gradients, tensors, strict=True):
+        if tensor is not None:
+            np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-9, atol=1e-9)

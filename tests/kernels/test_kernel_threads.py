@@ -1,0 +1,110 @@
+"""What a process with threads may do: launch at once, use any number of them, import late."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from gradengine import kernels
+from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
+
+ROOT = Path(__file__).parents[2]
+
+
+def every_result():
+    """Run each parallel kernel on more rows than there are threads; give all results."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((5, 6, 17, 13)).astype(np.float32)
+    weight = rng.standard_normal((4, 6, 3, 3)).astype(np.float32)
+    vector = rng.standard_normal(6).astype(np.float32)
+    convolution = conv2d_geometry(x.shape, weight.shape, 2, 1)
+    pool = pool2d_geometry("pool", x.shape, 3, 2, 1)
+    out = kernels.conv2d(x, weight, None, convolution)
+    pooled, indices = kernels.max_pool2d(x, pool)
+    return [
+        out,
+        kernels.conv2d_grad_input(out, weight, convolution),
+        kernels.conv2d_grad_weight(out, x, convolution),
+        pooled,
+        kernels.max_pool2d_scatter(pooled, indices, pool),
+        kernels.avg_pool2d(x, pool),
+        kernels.avg_pool2d_grad(pooled, pool),
+        *kernels.batch_norm(x, vector, vector, 1e-5),
+        *kernels.batch_norm_grad(x, x, vector, vector, vector),
+        kernels.erf(x),
+    ]
+
+
+def digest():
+    return hashlib.sha256(b"".join(result.tobytes() for result in every_result())).hexdigest()
+
+
+def compare_thread_counts():
+    from numba.np.ufunc import set_num_threads, threading_layer
+
+    digests = set()
+    for count in (1, 2):
+        set_num_threads(count)
+        digests.add(digest())
+    print(threading_layer(), len(digests))
+
+
+def launch_from_two_threads():
+    from numba.np.ufunc import threading_layer
+
+    expected = digest()
+    wrong = []
+
+    def repeat():
+        for _ in range(60):
+            if digest() != expected:
+                wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=repeat) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(threading_layer(), len(wrong))
+
+
+def run_alone(code, **environment):
+    """Run code in a process of its own, two Numba threads; give what it printed."""
+    settings = {**os.environ, "NUMBA_NUM_THREADS": "2", **environment}
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(
+        command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def run_here(function):
+    """Run a function of this file under the layer that cannot stand two launches at once."""
+    return run_alone(
+        f"from {__name__} import {function.__name__} as run; run()",
+        NUMBA_THREADING_LAYER="workqueue",
+    )
+
+
+def test_any_number_of_threads_gives_equal_bits():
+    assert run_here(compare_thread_counts) == ["workqueue", "1"]
+
+
+def test_two_python_threads_may_launch_at_once():
+    assert run_here(launch_from_two_threads) == ["workqueue", "0"]
+
+
+def test_numba_and_cupy_are_imported_when_a_kernel_needs_them():
+    code = (
+        "import sys, numpy, gradengine.kernels as kernels\n"
+        "import gradengine.kernels.geometry\n"
+        "print('numba' in sys.modules)\n"
+        "kernels.erf(numpy.zeros(1))\n"
+        "print('numba' in sys.modules, 'cupy' in sys.modules)"
+    )
+    assert run_alone(code) == ["False", "True", "False"]
