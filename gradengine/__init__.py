@@ -1,0 +1,76 @@
+"""gradengine: reverse-mode automatic differentiation on CuPy arrays, with NumPy as the fallback."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gradengine import autograd, functional, nn, optim
+from gradengine.autograd import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from gradengine.device import (
+    Device,
+    cuda_is_available,
+    default_device,
+    device,
+    set_default_device,
+    synchronize,
+)
+from gradengine.dtypes import bool_ as bool
+from gradengine.dtypes import (
+    float16,
+    float32,
+    float64,
+    get_default_dtype,
+    int8,
+    int16,
+    int32,
+    int64,
+    result_type,
+    set_default_dtype,
+    uint8,
+)
+from gradengine.factories import (
+    arange,
+    as_tensor,
+    asarray,
+    empty,
+    empty_like,
+    eye,
+    from_dlpack,
+    from_numpy,
+    full,
+    full_like,
+    get_rng_state,
+    linspace,
+    ones,
+    ones_like,
+    rand,
+    rand_like,
+    randint,
+    randn,
+    randn_like,
+    randperm,
+    tensor,
+    zeros,
+    zeros_like,
+)
+from gradengine.functional import *  # noqa: F403
+from gradengine.ops.random import manual_seed, set_rng_state
+from gradengine.tensor import Parameter, Tensor
+
+if TYPE_CHECKING:
+    from gradengine import data, models, weights
+    from gradengine.weights import load, save
+
+__version__ = "0.1.0"
+
+# Imported when first asked for: a user of tensors alone does not pay for them.
+_LAZY = {"data": "", "models": "", "weights": "", "load": "weights", "save": "weights"}
+
+
+def __getattr__(name: str) -> Any:
+    home = _LAZY.get(name)
+    if home is None:
+        raise AttributeError(f"module 'gradengine' has no attribute {name!r}")
+    module = importlib.import_module(f"gradengine.{home or name}")
+    return getattr(module, name) if home else module

@@ -1,0 +1,82 @@
+"""What users do with the tape: gradients as values, backward from several roots, grad modes, gradient checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gradengine.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
+from gradengine.factories import zeros_like
+from gradengine.grad_mode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from gradengine.tape import Node, accumulate_gradients, gradients_of
+from gradengine.tensor import Tensor
+
+__all__ = [
+    "GradcheckError",
+    "Node",
+    "backward",
+    "enable_grad",
+    "grad",
+    "gradcheck",
+    "gradgradcheck",
+    "is_grad_enabled",
+    "no_grad",
+    "set_grad_enabled",
+]
+
+
+def _as_sequence(name: str, value: Any, count: int | None = None) -> Sequence[Any]:
+    """Return one tensor, several, or None (for `count` of them) as a sequence."""
+    if value is None and count is not None:
+        return (None,) * count
+    values = (value,) if isinstance(value, Tensor) else tuple(value)
+    if count is not None and len(values) != count:
+        raise RuntimeError(f"{name}: got {count} tensors and {len(values)} gradients")
+    return values
+
+
+def backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """Add the gradients of `tensors`, weighed by `grad_tensors`, to `grad` of the leaves they depend on.
+
+    Both are one tensor or several; the rest is as in `Tensor.backward`.
+    """
+    tensors = _as_sequence("backward", tensors)
+    seeds = _as_sequence("backward", grad_tensors, len(tensors))
+    accumulate_gradients(tensors, seeds, retain_graph, create_graph, inputs)
+
+
+def grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool | None = None,
+    materialize_grads: bool = False,
+) -> tuple[Any, ...]:
+    """Return the gradient of `outputs` by each of `inputs`, as a tuple; no tensor's `grad` is touched.
+
+    `grad_outputs` weighs the outputs' elements (needed where an output has more than one).
+    An input that the outputs do not depend on raises RuntimeError, or gives None with `allow_unused`, or
+    zeros with `materialize_grads`.
+    """
+    outputs, inputs = _as_sequence("grad", outputs), _as_sequence("grad", inputs)
+    seeds = _as_sequence("grad", grad_outputs, len(outputs))
+    found = gradients_of(outputs, inputs, seeds, retain_graph, create_graph)
+    for position, (gradient, tensor) in enumerate(zip(found, inputs, strict=True)):
+        if gradient is not None:
+            continue
+        if materialize_grads:
+            found[position] = zeros_like(tensor)
+        elif not allow_unused:
+            raise RuntimeError(
+                f"grad: the differentiated Tensor at index {position} appears to not have been used in the "
+                "graph; set allow_unused=True if this is the desired behavior"
+            )
+    return tuple(found)

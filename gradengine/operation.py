@@ -1,0 +1,414 @@
+"""What an operation is: a forward on arrays, and one pullback for each input that can need a gradient.
+
+    @operation
+    def matmul(x, y):
+        return x @ y
+
+    matmul.pullbacks(x=lambda grad, y: grad @ y.mT, y=lambda grad, x: x.mT @ grad)
+
+Positional parameters are inputs, keyword-only ones are attributes. A pullback takes the incoming gradient
+first. Its other parameters name what it needs, and nothing else is kept until backward: an input (`x`), an
+input's shape or dtype alone (`x_shape`, `x_dtype`), the result (`out`), an attribute, a name listed in `keeps` (what forward
+returns beside its result) or, for an operation on `*inputs`, the `position` of the input it is for.
+
+Operations are polymorphic: given Tensors they return, and record, a Tensor; given arrays they return an
+array. Pullbacks are written in operations and operators, so that one formula runs on arrays in an ordinary
+backward and is itself recorded under `create_graph`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gradengine import device as devices
+from gradengine.dtypes import get_default_dtype, result_type
+from gradengine.grad_mode import grad_mode
+from gradengine.tape import Node, SavedOutput, Variable
+
+_ndarray = np.ndarray
+
+
+class Operation:
+    """The record behind an operation's function: its forward, its pullbacks and what they keep."""
+
+    def __init__(
+        self, forward: Callable[..., Any], label: Any, keeps: tuple[str, ...], view: bool
+    ) -> None:
+        code = forward.__code__
+        self.forward = forward
+        self.name = forward.__name__
+        self.label = label or _camel_case(self.name) + "Backward0"
+        self.keeps = keeps
+        self.view = view
+        self.variadic = bool(code.co_flags & 0x04)  # has *inputs
+        names = code.co_varnames
+        end = code.co_argcount + code.co_kwonlyargcount
+        self.attributes = names[code.co_argcount : end]
+        self.inputs = names[end : end + 1] if self.variadic else names[: code.co_argcount]
+        self.rules: dict[str, Rule] = {}
+        self.saves_output = False
+
+    def pullbacks(self, **functions: Callable[..., Any]) -> None:
+        """Give the pullback of each named input; an input without one never gets a gradient."""
+        for name, function in functions.items():
+            if name not in self.inputs:
+                raise TypeError(
+                    f"{self.name}: a pullback must be for one of {self.inputs}; got {name}"
+                )
+            self.rules[name] = Rule(self, function)
+        self.saves_output = any(rule.saves_output for rule in self.rules.values())
+        self.rule_list = [self.rules.get(name) for name in self.inputs]
+
+    def joint_pullback(self, function: Callable[..., Any]) -> None:
+        """Give one function (grad, wanted, ...) for all inputs, for gradients that share work.
+
+        It returns one gradient for each input, in order; `wanted` says which will be used, the others may be None.
+        """
+        self.pullbacks(**dict.fromkeys(self.inputs, function))
+
+
+class Rule:
+    """The pullback of one input, and the gathering of what it names."""
+
+    def __init__(self, operation: Operation, pullback: Callable[..., Any]) -> None:
+        code = pullback.__code__
+        names = code.co_varnames[1 : code.co_argcount]
+        self.pullback = pullback
+        self.joint = "wanted" in names
+        self.positional = "position" in names
+        self.saves_output = "out" in names
+        getters = [_getter(operation, name) for name in names if name not in ("wanted", "position")]
+        self.keep = _keeper(getters) if getters else None
+
+
+def _getter(operation: Operation, name: str) -> Callable[..., Any]:
+    """Return get(inputs, out, kept, attributes) for one parameter of a pullback."""
+    if name == "out":
+        return lambda inputs, out, kept, attributes: out
+    if name in operation.keeps:
+        place = operation.keeps.index(name)
+        return lambda inputs, out, kept, attributes: kept[place]
+    if operation.variadic and name in operation.inputs:
+        return lambda inputs, out, kept, attributes: inputs
+    if name in operation.inputs:
+        place = operation.inputs.index(name)
+        return lambda inputs, out, kept, attributes: inputs[place]
+    if name in operation.attributes:
+        return lambda inputs, out, kept, attributes: attributes[name]
+    if name.removesuffix("_shape") in operation.inputs:
+        place = operation.inputs.index(name.removesuffix("_shape"))
+        return lambda inputs, out, kept, attributes: inputs[place].shape
+    if name.removesuffix("_dtype") in operation.inputs:
+        place = operation.inputs.index(name.removesuffix("_dtype"))
+        return lambda inputs, out, kept, attributes: inputs[place].dtype
+    raise TypeError(f"{operation.name}: a pullback names {name}, which the operation does not have")
+
+
+def _keeper(getters: list[Callable[..., Any]]) -> Callable[..., tuple[Any, ...]]:
+    if len(getters) == 1:  # the common case, without a loop
+        get = getters[0]
+        return lambda inputs, out, kept, attributes: (get(inputs, out, kept, attributes),)
+    return lambda inputs, out, kept, attributes: tuple(
+        [get(inputs, out, kept, attributes) for get in getters]
+    )
+
+
+def _camel_case(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def operation(
+    forward: Callable[..., Any] | None = None,
+    *,
+    label: str | Callable[..., str] | None = None,
+    keeps: tuple[str, ...] = (),
+    view: bool = False,
+) -> Any:
+    """Make an operation of a forward on arrays.
+
+    `label` is the node's printed name, or a function of the attributes that gives it; `keeps` names what
+    forward returns after its result; `view` says that the result may share memory with the first input.
+    """
+    if forward is None:
+        return functools.partial(operation, label=label, keeps=keeps, view=view)
+    record = Operation(forward, label, keeps, view)
+    return _publish(record, _general(record))
+
+
+def elementwise(
+    forward: Callable[..., Any] | None = None, *, label: str | None = None, floating: bool = False
+) -> Any:
+    """Make an operation of an elementwise forward on one or two arrays.
+
+    Inputs are converted to their common dtype by PyTorch's rules (`floating`: integers become the default
+    float), and pullbacks need not undo broadcasting: that is done here, once.
+    """
+    if forward is None:
+        return functools.partial(elementwise, label=label, floating=floating)
+    record = Operation(forward, label, (), False)
+    apply = _unary(record, floating) if len(record.inputs) == 1 else _binary(record, floating)
+    return _publish(record, apply)
+
+
+def _publish(record: Operation, apply: Any) -> Any:
+    apply = functools.wraps(record.forward)(apply)
+    apply.operation = record
+    apply.pullbacks = record.pullbacks
+    apply.joint_pullback = record.joint_pullback
+    return apply
+
+
+def _general(op: Operation) -> Callable[..., Any]:
+    forward, keeps, view = op.forward, op.keeps, op.view
+
+    def apply(*inputs: Any, **attributes: Any) -> Any:
+        arrays = []
+        plain, wanted, foreign = True, False, False
+        for x in inputs:
+            if isinstance(x, Variable):
+                plain = False
+                if x.node is not None:
+                    wanted = True
+                x = x.array
+            if type(x) is not _ndarray:
+                foreign = True
+            arrays.append(x)
+        out = _call(op, arrays, attributes) if foreign else forward(*arrays, **attributes)
+        kept = None
+        if keeps:
+            out, *kept = out
+        if plain:
+            return out
+        if wanted and op.rules and grad_mode.enabled:
+            result = _record(op, inputs, out, kept, attributes)
+        else:
+            result = Variable.Result(out)
+        if view:
+            _share_memory(inputs[0], result)
+        return result
+
+    return apply
+
+
+def _record(
+    op: Operation, inputs: Sequence[Any], out: Any, kept: Any, attributes: dict[str, Any]
+) -> Any:
+    """Return the result with its node: one edge for each input that needs a gradient."""
+    label = op.label if type(op.label) is str else op.label(**attributes)
+    node = Node(label, out.shape, out.dtype)
+    result = Variable.Result(out, node)
+    if op.saves_output:
+        out = SavedOutput(result.array, result.version())
+    rules = op.rule_list * len(inputs) if op.variadic else op.rule_list
+    wanted = [isinstance(x, Variable) and x.node is not None for x in inputs]
+    shared = None
+    edges: list[Any] = []
+    for position, (x, rule) in enumerate(zip(inputs, rules, strict=True)):
+        if rule is None or not wanted[position]:
+            edges.append(None)
+            continue
+        if x._base is not None:
+            _check_view(op.name, x)
+        pullback = rule.pullback
+        if rule.joint:
+            shared = shared or Joint(pullback, tuple(wanted))
+            pullback = functools.partial(shared.share, position)
+        elif rule.positional:
+            pullback = functools.partial(_at_position, pullback, position)
+        edges.append(
+            (x.node, pullback, rule.keep(inputs, out, kept, attributes) if rule.keep else ())
+        )
+    node.edges = edges
+    return result
+
+
+def _at_position(pullback: Callable[..., Any], position: int, grad: Any, *saved: Any) -> Any:
+    return pullback(grad, position, *saved)
+
+
+class Joint:
+    """One computation of several inputs' gradients, run once for each incoming gradient."""
+
+    def __init__(self, function: Callable[..., Any], wanted: tuple[bool, ...]) -> None:
+        self._function = function
+        self._wanted = wanted
+        self._grad: Any = None
+        self._shares: list[Any] = []
+
+    def share(self, position: int, grad: Any, *saved: Any) -> Any:
+        """Return the gradient of the input at `position`, and forget it."""
+        if self._grad is not grad or self._shares[position] is None:
+            self._grad = grad
+            self._shares = list(self._function(grad, self._wanted, *saved))
+        share, self._shares[position] = self._shares[position], None
+        return share
+
+
+def array_of(value: Any) -> Any:
+    """Return the array of a Tensor, and anything else as it is."""
+    return value.array if isinstance(value, Variable) else value
+
+
+# ---- elementwise ----------------------------------------------------------------------------------------------------
+
+
+def _unary(op: Operation, floating: bool) -> Callable[..., Any]:
+    general = _general(op)
+    if not floating:
+        return general
+
+    def apply(x: Any, **attributes: Any) -> Any:
+        if not hasattr(x, "dtype"):
+            raise TypeError(
+                f"{op.name}: input must be a Tensor or an array; got {type(x).__name__}"
+            )
+        if x.dtype.kind != "f":
+            x = cast(x, dtype=get_default_dtype())
+        return general(x, **attributes)
+
+    return apply
+
+
+def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
+    """Spell out the general case for two inputs: this is the path of every small operation."""
+    forward = op.forward
+
+    def apply(x: Any, y: Any) -> Any:
+        a = x.array if isinstance(x, Variable) else x
+        b = y.array if isinstance(y, Variable) else y
+        if type(a) is _ndarray and (
+            (type(b) is _ndarray and a.dtype is b.dtype and (not floating or a.dtype.kind == "f"))
+            or ((type(b) is float or type(b) is int) and a.dtype.kind == "f")
+        ):
+            out = forward(a, b)
+        else:
+            x, y = conform(op.name, x, y, floating)
+            a = x.array if isinstance(x, Variable) else x
+            b = y.array if isinstance(y, Variable) else y
+            out = _call(op, (a, b), {})
+        node_x = x.node if isinstance(x, Variable) else None
+        node_y = y.node if isinstance(y, Variable) else None
+        if (node_x is None and node_y is None) or not op.rules or not grad_mode.enabled:
+            return (
+                Variable.Result(out) if isinstance(x, Variable) or isinstance(y, Variable) else out
+            )
+        shape = out.shape
+        node = Node(op.label, shape, out.dtype)
+        result = Variable.Result(out, node)
+        if op.saves_output:
+            out = SavedOutput(result.array, result.version())
+        rule_x, rule_y = op.rule_list
+        node.edges = (
+            node_x and _elementwise_edge(op, rule_x, x, node_x, (x, y), out, shape),
+            node_y and _elementwise_edge(op, rule_y, y, node_y, (x, y), out, shape),
+        )
+        return result
+
+    return apply
+
+
+def _elementwise_edge(
+    op: Operation, rule: Rule, x: Any, node: Node, inputs: Any, out: Any, shape: Any
+) -> Any:
+    if x._base is not None:
+        _check_view(op.name, x)
+    pullback = rule.pullback
+    if node.shape != shape:
+        pullback = functools.partial(_unbroadcast, pullback, node.shape)
+    return node, pullback, rule.keep(inputs, out, None, None) if rule.keep is not None else ()
+
+
+def _unbroadcast(
+    pullback: Callable[..., Any], shape: tuple[int, ...], grad: Any, *saved: Any
+) -> Any:
+    return sum_to_shape(pullback(grad, *saved), shape=shape)
+
+
+@operation
+def sum_to_shape(x, *, shape):
+    """Sum over the axes along which `shape` was broadcast to x's: the adjoint of broadcasting."""
+    added = x.ndim - len(shape)
+    stretched = tuple(
+        added + axis for axis, size in enumerate(shape) if size == 1 != x.shape[added + axis]
+    )
+    return x.sum(axis=(*range(added), *stretched), keepdims=True).reshape(shape)
+
+
+@operation(label="ExpandBackward0", view=True)
+def broadcast_to(x, *, shape):
+    """Return x repeated along new and size-1 axes up to `shape`, without a copy."""
+    return devices.array_module(x).broadcast_to(x, shape)
+
+
+sum_to_shape.pullbacks(x=lambda grad, x_shape: broadcast_to(grad, shape=x_shape))
+broadcast_to.pullbacks(x=lambda grad, x_shape: sum_to_shape(grad, shape=x_shape))
+
+
+@operation(label="ToCopyBackward0")
+def cast(x, *, dtype):
+    """Return x with its elements converted to `dtype`."""
+    return x.astype(dtype)
+
+
+cast.pullbacks(x=lambda grad, x_dtype: cast(grad, dtype=x_dtype))
+
+
+def conform(name: str, x: Any, y: Any, floating: bool = False) -> tuple[Any, Any]:
+    """Bring the arrays among x and y to their common dtype; Python numbers stay as they are."""
+    values = [value.item() if isinstance(value, np.generic) else value for value in (x, y)]
+    arrays = [hasattr(value, "dtype") for value in values]
+    for value, is_array in zip(values, arrays, strict=True):
+        if not is_array and not isinstance(value, (bool, int, float)):
+            raise TypeError(
+                f"{name}: inputs must be Tensors, arrays or numbers; got {type(value).__name__}"
+            )
+    if not any(arrays):
+        raise TypeError(
+            f"{name}: one of the inputs must be a Tensor or an array; got {x!r} and {y!r}"
+        )
+    dtype = result_type(*values)
+    if floating and dtype.kind != "f":
+        dtype = get_default_dtype()
+    x, y = (
+        cast(value, dtype=dtype) if is_array and value.dtype != dtype else value
+        for value, is_array in zip(values, arrays, strict=True)
+    )
+    return x, y
+
+
+def _call(op: Operation, arrays: Sequence[Any], attributes: dict[str, Any]) -> Any:
+    """Run a forward on arrays that are not all NumPy's: on their device, after checking that it is one."""
+    located = [array for array in arrays if hasattr(array, "dtype")]
+    devices.check_same_device(op.name, *located)
+    for array in located:
+        if devices.array_module(array) is not np:
+            with array.device:
+                return op.forward(*arrays, **attributes)
+    return op.forward(*arrays, **attributes)
+
+
+# ---- views ----------------------------------------------------------------------------------------------------------
+
+
+def _share_memory(source: Any, result: Any) -> None:
+    """Let a view and its source share one version record, so that a write to either is seen by both."""
+    base = result.array.base
+    if (
+        base is not None
+        and (base is source.array or base is source.array.base)
+        or result.array is source.array
+    ):
+        result._version = source.version()
+        result._base = source._base or source
+
+
+def _check_view(name: str, x: Any) -> None:
+    """Refuse a view whose memory was written after the view was recorded: its node tells of older values."""
+    if x.node.leaf is None and x._version.stamp > x.node.index:
+        raise RuntimeError(
+            f"{name}: a view that is part of the graph was taken before its memory was written in place; take the view again"
+        )

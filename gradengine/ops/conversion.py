@@ -1,0 +1,60 @@
+"""Conversions: to another dtype, to another device, and overwriting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradengine import device as devices
+from gradengine.dtypes import as_dtype
+from gradengine.operation import array_of, cast, operation, sum_to_shape
+
+
+@operation(label="ToCopyBackward0")
+def _transfer(x, *, device, source):
+    return devices.to_device(x, device)
+
+
+_transfer.pullbacks(x=lambda grad, device, source: _transfer(grad, device=source, source=device))
+
+
+def to_device(x: Any, device: Any) -> Any:
+    """Return x on `device`: itself if it is there, else a differentiable copy."""
+    source, target = devices.device_of(array_of(x)), devices.resolve(device)
+    return x if source == target else _transfer(x, device=target, source=source)
+
+
+def to_dtype(x: Any, dtype: Any) -> Any:
+    """Return x with elements of `dtype`: itself if they are, else a copy, differentiable between floats."""
+    dtype = as_dtype(dtype)
+    if x.dtype == dtype:
+        return x
+    # An integer has no derivative: converting the detached tensor leaves nothing on the tape.
+    return cast(x if dtype.kind == "f" or not hasattr(x, "detach") else x.detach(), dtype=dtype)
+
+
+@operation(label="CopyBackwards")
+def _overwrite(x, value):
+    return devices.array_module(x).broadcast_to(value, x.shape)
+
+
+_overwrite.pullbacks(
+    x=lambda grad: grad * 0,
+    value=lambda grad, value_shape: sum_to_shape(grad, shape=value_shape),
+)
+
+
+def overwrite(x: Any, value: Any) -> Any:
+    """Return `value` broadcast and converted to x's shape and dtype: what x becomes when it is overwritten.
+
+    Raises RuntimeError if value's shape cannot be broadcast to x's.
+    """
+    if not hasattr(value, "dtype"):
+        value = devices.array_module(array_of(x)).asarray(value, dtype=x.dtype)
+    value = to_device(to_dtype(value, x.dtype), devices.device_of(array_of(x)))
+    try:
+        return _overwrite(x, value)
+    except ValueError:
+        raise RuntimeError(
+            "copy_: the source must broadcast to the tensor's shape; "
+            f"got source.shape={value.shape}, tensor.shape={x.shape}"
+        ) from None

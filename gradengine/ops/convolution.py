@@ -1,0 +1,100 @@
+"""Convolution: one operation for each of its three passes, each the adjoint of the other two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gradengine import kernels
+from gradengine.kernels.geometry import conv2d_geometry
+from gradengine.operation import operation
+from gradengine.ops.reduction import sum
+from gradengine.ops.shape import squeeze, unsqueeze
+
+
+@operation(label="ConvolutionBackward0")
+def _conv2d(x, weight, bias, *, geometry):
+    return kernels.conv2d(x, weight, bias, geometry)
+
+
+@operation(label="ConvolutionBackwardBackward0")
+def _conv2d_grad_input(grad, weight, *, geometry):
+    return kernels.conv2d_grad_input(grad, weight, geometry)
+
+
+@operation(label="ConvolutionBackwardBackward0")
+def _conv2d_grad_weight(grad, x, *, geometry):
+    return kernels.conv2d_grad_weight(grad, x, geometry)
+
+
+_conv2d.pullbacks(
+    x=lambda grad, weight, geometry: _conv2d_grad_input(grad, weight, geometry=geometry),
+    weight=lambda grad, x, geometry: _conv2d_grad_weight(grad, x, geometry=geometry),
+    bias=lambda grad: sum(grad, dim=(0, 2, 3)),
+)
+_conv2d_grad_input.pullbacks(
+    grad=lambda x, weight, geometry: _conv2d(x, weight, None, geometry=geometry),
+    weight=lambda x, grad, geometry: _conv2d_grad_weight(grad, x, geometry=geometry),
+)
+_conv2d_grad_weight.pullbacks(
+    grad=lambda weight, x, geometry: _conv2d(x, weight, None, geometry=geometry),
+    x=lambda weight, grad, geometry: _conv2d_grad_input(grad, weight, geometry=geometry),
+)
+
+
+def conv2d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Any:
+    """Cross-correlate x (N, C, H, W) with weight (K, C / groups, R, S) and add bias (K,).
+
+    x may lack N, and so will the result. Numbers are ints or (vertical, horizontal) pairs; padding
+    is also "valid" (none) or "same" (stride 1 only). Returns (N, K, out_height, out_width), with
+    out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 along each axis.
+    Raises ValueError if the shapes do not fit, TypeError unless all inputs have one dtype, float32
+    or float64; float16 needs CUDA.
+    """
+    if x.ndim == 3:
+        out = conv2d(unsqueeze(x, 0), weight, bias, stride, padding, dilation, groups)
+        return squeeze(out, 0)
+    geometry = conv2d_geometry(x.shape, weight.shape, stride, padding, dilation, groups)
+    return _conv2d(x, weight, bias, geometry=geometry)
+
+
+def conv1d(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Any:
+    """Cross-correlate x (N, C, L) or (C, L) with weight (K, C / groups, S) and add bias (K,).
+
+    It is `conv2d` on images of height 1, with its arguments, size formula and errors.
+    """
+    if weight.ndim != 3 or x.ndim not in (2, 3):
+        raise ValueError(
+            "conv1d: x must be 2-D or 3-D and weight 3-D (x.ndim in (2, 3) and weight.ndim == 3); "
+            f"got x.shape={tuple(x.shape)}, weight.shape={tuple(weight.shape)}"
+        )
+    out = conv2d(
+        unsqueeze(x, -2),
+        unsqueeze(weight, -2),
+        bias,
+        (1, _single(stride)),
+        padding if isinstance(padding, str) else (0, _single(padding)),
+        (1, _single(dilation)),
+        groups,
+    )
+    return squeeze(out, -2)
+
+
+def _single(value: Any) -> Any:
+    return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value

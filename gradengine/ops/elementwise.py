@@ -1,0 +1,515 @@
+"""Elementwise operations: arithmetic, powers, exponentials, trigonometry, comparisons, selection."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from typing import Any
+
+from gradengine import kernels
+from gradengine.device import array_module
+from gradengine.dtypes import result_type
+from gradengine.operation import array_of, conform, elementwise, operation, sum_to_shape
+from gradengine.tape import Variable
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+
+@elementwise
+def add(x, y):
+    """Return x + y."""
+    return x + y
+
+
+@elementwise
+def sub(x, y):
+    """Return x - y. Raises TypeError for two bools: use logical_xor or ^."""
+    return x - y
+
+
+@elementwise(label="RsubBackward1")
+def rsub(x, y):
+    """Return y - x."""
+    return y - x
+
+
+@elementwise
+def mul(x, y):
+    """Return x * y."""
+    return x * y
+
+
+@elementwise(floating=True)
+def div(x, y):
+    """Return x / y; integers are divided as the default float."""
+    return x / y
+
+
+@elementwise
+def floor_divide(x, y):
+    """Return the floor of x / y. Its derivative is zero almost everywhere, and is not recorded."""
+    return x // y
+
+
+@elementwise
+def remainder(x, y):
+    """Return x - y * floor(x / y), which has y's sign."""
+    return x % y
+
+
+@elementwise
+def neg(x):
+    """Return -x. Raises TypeError for bool: use ~x."""
+    return -x
+
+
+@elementwise
+def abs(x):
+    """Return |x|; the derivative at 0 is 0."""
+    return builtins.abs(x)
+
+
+@elementwise
+def sign(x):
+    """Return -1, 0 or 1 by the sign of x, and nan for nan."""
+    return array_module(x).sign(x)
+
+
+add.pullbacks(x=lambda grad: grad, y=lambda grad: grad)
+sub.pullbacks(x=lambda grad: grad, y=lambda grad: -grad)
+rsub.pullbacks(x=lambda grad: -grad, y=lambda grad: grad)
+mul.pullbacks(x=lambda grad, y: grad * y, y=lambda grad, x: grad * x)
+div.pullbacks(x=lambda grad, y: grad / y, y=lambda grad, x, y: -grad * (x / y) / y)
+remainder.pullbacks(x=lambda grad: grad, y=lambda grad, x, y: -grad * floor(x / y))
+neg.pullbacks(x=lambda grad: -grad)
+abs.pullbacks(x=lambda grad, x: grad * sign(x))
+sign.pullbacks(x=lambda grad: grad * 0)
+
+
+# ---- rounding ------------------------------------------------------------------------------------
+
+
+@elementwise
+def floor(x):
+    """Return the largest integer not above x, in x's dtype."""
+    return array_module(x).floor(x)
+
+
+@elementwise
+def ceil(x):
+    """Return the smallest integer not below x, in x's dtype."""
+    return array_module(x).ceil(x)
+
+
+@elementwise
+def round(x):
+    """Return x rounded to the nearest integer, halves to even."""
+    return array_module(x).rint(x)
+
+
+@elementwise
+def trunc(x):
+    """Return x without its fraction."""
+    return array_module(x).trunc(x)
+
+
+floor.pullbacks(x=lambda grad: grad * 0)
+ceil.pullbacks(x=lambda grad: grad * 0)
+round.pullbacks(x=lambda grad: grad * 0)
+trunc.pullbacks(x=lambda grad: grad * 0)
+
+
+# ---- powers --------------------------------------------------------------------------------------
+
+
+@operation(label="PowBackward0")
+def _pow_number(x, *, exponent):
+    return x**exponent
+
+
+@elementwise(label="PowBackward1")
+def _pow(x, y):
+    return x**y
+
+
+def _power_times(grad: Any, x: Any, exponent: float) -> Any:
+    # The exponent multiplies last, so that the derivative of x**3 is 3 * x**2 to the last bit.
+    if exponent == 0:
+        return grad * 0
+    return grad * (exponent * _pow_number(x, exponent=exponent - 1))
+
+
+_pow_number.pullbacks(x=_power_times)
+_pow.pullbacks(
+    x=lambda grad, x, y: grad * where(y == 0, 0.0, y * _pow(x, y - 1)),
+    y=lambda grad, x, y, out: grad * where((out == 0) & (y >= 0), 0.0, out * log(x)),
+)
+
+
+def pow(x: Any, exponent: Any) -> Any:
+    """Return x ** exponent, elementwise; either may be a number. The gradient by a zero base's exponent is 0."""
+    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
+    if number and hasattr(x, "dtype") and (x.dtype.kind == "f" or isinstance(exponent, int)):
+        if x.dtype.kind in "iu" and exponent < 0:
+            raise RuntimeError(
+                "pow: integers to negative integer powers are not allowed; convert to a float dtype"
+            )
+        return _pow_number(x, exponent=exponent)
+    return _pow(x, exponent)
+
+
+@elementwise(floating=True)
+def sqrt(x):
+    """Return the square root of x; nan for negative x."""
+    return array_module(x).sqrt(x)
+
+
+@elementwise(floating=True)
+def rsqrt(x):
+    """Return 1 / sqrt(x)."""
+    return 1 / array_module(x).sqrt(x)
+
+
+@elementwise(floating=True)
+def reciprocal(x):
+    """Return 1 / x."""
+    return 1 / x
+
+
+@elementwise
+def square(x):
+    """Return x * x."""
+    return x * x
+
+
+sqrt.pullbacks(x=lambda grad, out: grad / (2 * out))
+rsqrt.pullbacks(x=lambda grad, out: grad * (-0.5 * (out * out * out)))
+reciprocal.pullbacks(x=lambda grad, out: -grad * (out * out))
+square.pullbacks(x=lambda grad, x: grad * (2 * x))
+
+
+# ---- exponentials --------------------------------------------------------------------------------
+
+
+@elementwise(floating=True)
+def exp(x):
+    """Return e ** x."""
+    return array_module(x).exp(x)
+
+
+@elementwise(floating=True)
+def expm1(x):
+    """Return e ** x - 1, accurate near 0."""
+    return array_module(x).expm1(x)
+
+
+@elementwise(floating=True)
+def log(x):
+    """Return the natural logarithm of x."""
+    return array_module(x).log(x)
+
+
+@elementwise(floating=True)
+def log2(x):
+    """Return the logarithm of x to base 2."""
+    return array_module(x).log2(x)
+
+
+@elementwise(floating=True)
+def log10(x):
+    """Return the logarithm of x to base 10."""
+    return array_module(x).log10(x)
+
+
+@elementwise(floating=True)
+def log1p(x):
+    """Return log(1 + x), accurate near 0."""
+    return array_module(x).log1p(x)
+
+
+@elementwise(floating=True)
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x)), without overflow."""
+    xp = array_module(x)
+    decay = xp.exp(-builtins.abs(x))
+    return xp.where(x >= 0, xp.ones_like(x), decay) / (1 + decay)
+
+
+@elementwise(floating=True)
+def erf(x):
+    """Return the error function, 2 / sqrt(pi) times the integral of exp(-t**2) from 0 to x."""
+    return kernels.erf(x)
+
+
+exp.pullbacks(x=lambda grad, out: grad * out)
+expm1.pullbacks(x=lambda grad, out: grad * (out + 1))
+log.pullbacks(x=lambda grad, x: grad / x)
+log2.pullbacks(x=lambda grad, x: grad / (x * math.log(2)))
+log10.pullbacks(x=lambda grad, x: grad / (x * math.log(10)))
+log1p.pullbacks(x=lambda grad, x: grad / (x + 1))
+sigmoid.pullbacks(x=lambda grad, out: grad * (out * (1 - out)))
+erf.pullbacks(x=lambda grad, x: grad * (2 / math.sqrt(math.pi) * exp(-(x * x))))
+
+
+# ---- trigonometry --------------------------------------------------------------------------------
+
+
+@elementwise(floating=True)
+def sin(x):
+    """Return the sine of x, in radians."""
+    return array_module(x).sin(x)
+
+
+@elementwise(floating=True)
+def cos(x):
+    """Return the cosine of x, in radians."""
+    return array_module(x).cos(x)
+
+
+@elementwise(floating=True)
+def tan(x):
+    """Return the tangent of x, in radians."""
+    return array_module(x).tan(x)
+
+
+@elementwise(floating=True)
+def tanh(x):
+    """Return the hyperbolic tangent of x."""
+    return array_module(x).tanh(x)
+
+
+sin.pullbacks(x=lambda grad, x: grad * cos(x))
+cos.pullbacks(x=lambda grad, x: -grad * sin(x))
+tan.pullbacks(x=lambda grad, out: grad * (1 + out * out))
+tanh.pullbacks(x=lambda grad, out: grad * (1 - out * out))
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+
+@elementwise
+def maximum(x, y):
+    """Return the larger of x and y; nan where either is nan. Ties share the gradient equally."""
+    return _extreme("maximum", x, y)
+
+
+@elementwise
+def minimum(x, y):
+    """Return the smaller of x and y; nan where either is nan. Ties share the gradient equally."""
+    return _extreme("minimum", x, y)
+
+
+def _extreme(name: str, x: Any, y: Any) -> Any:
+    array = x if hasattr(x, "dtype") else y
+    return getattr(array_module(array), name)(x, y)
+
+
+def _half_of_ties(grad: Any, wins: Any, ties: Any) -> Any:
+    return where(ties, grad * 0.5, where(wins, grad, 0.0))
+
+
+maximum.pullbacks(
+    x=lambda grad, x, y: _half_of_ties(grad, x > y, x == y),
+    y=lambda grad, x, y: _half_of_ties(grad, y > x, x == y),
+)
+minimum.pullbacks(
+    x=lambda grad, x, y: _half_of_ties(grad, x < y, x == y),
+    y=lambda grad, x, y: _half_of_ties(grad, y < x, x == y),
+)
+
+
+@operation(label="WhereBackward0")
+def _where(x, y, *, condition):
+    return array_module(condition).where(condition, x, y)
+
+
+_where.pullbacks(
+    x=lambda grad, x_shape, condition: sum_to_shape(_select(condition, grad, 0.0), shape=x_shape),
+    y=lambda grad, y_shape, condition: sum_to_shape(_select(condition, 0.0, grad), shape=y_shape),
+)
+
+
+def _select(condition: Any, x: Any, y: Any) -> Any:
+    """Choose between arrays of one dtype, or an array and a number, which becomes an array of that dtype."""
+    array = array_of(x if hasattr(x, "dtype") else y)
+    xp = array_module(array)
+    x, y = (v if hasattr(v, "dtype") else xp.asarray(v, dtype=array.dtype) for v in (x, y))
+    return _where(x, y, condition=array_of(condition))
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Return x where `condition` (bool) holds and y elsewhere, broadcast together.
+
+    The branch not chosen gets a zero gradient; where its own derivative is infinite, 0 * inf still makes
+    nan: choose safe inputs first. Raises TypeError for a condition that is not bool.
+    """
+    if getattr(condition, "dtype", None) != bool:
+        kind = getattr(condition, "dtype", type(condition).__name__)
+        raise TypeError(
+            f"where: condition must be a bool tensor (condition.dtype == bool); got {kind}"
+        )
+    if not hasattr(x, "dtype") and not hasattr(y, "dtype"):
+        x = Variable.Result(array_module(array_of(condition)).asarray(x, dtype=result_type(x, y)))
+    return _select(condition, *conform("where", x, y))
+
+
+@operation(label="ClampBackward1")
+def _clamp(x, *, min, max):
+    return array_module(x).clip(x, min, max)
+
+
+_clamp.pullbacks(x=lambda grad, x, min, max: where(_within(x, min, max), grad, 0.0))
+
+
+def _within(x: Any, min: Any, max: Any) -> Any:
+    if max is None:
+        return x >= min
+    return x <= max if min is None else (x >= min) & (x <= max)
+
+
+def clamp(x: Any, min: Any = None, max: Any = None) -> Any:
+    """Return x confined to [min, max]; numbers or tensors, either may be None. max wins where min > max.
+
+    The derivative is 1 within and at the bounds. Raises ValueError if both are None.
+    """
+    if min is None and max is None:
+        raise ValueError("clamp: at least one of min and max must be given; got min=None, max=None")
+    for bound in (min, max):
+        if bound is not None:
+            x, _ = conform("clamp", x, bound)
+    if not hasattr(min, "dtype") and not hasattr(max, "dtype"):
+        return _clamp(x, min=min, max=max)
+    if min is not None:
+        x = where(x < min, min, x)
+    return x if max is None else where(x > max, max, x)
+
+
+# ---- comparisons and logic -----------------------------------------------------------------------
+
+
+@elementwise
+def eq(x, y):
+    """Return whether x == y, elementwise."""
+    return x == y
+
+
+@elementwise
+def ne(x, y):
+    """Return whether x != y, elementwise."""
+    return x != y
+
+
+@elementwise
+def lt(x, y):
+    """Return whether x < y, elementwise."""
+    return x < y
+
+
+@elementwise
+def le(x, y):
+    """Return whether x <= y, elementwise."""
+    return x <= y
+
+
+@elementwise
+def gt(x, y):
+    """Return whether x > y, elementwise."""
+    return x > y
+
+
+@elementwise
+def ge(x, y):
+    """Return whether x >= y, elementwise."""
+    return x >= y
+
+
+@elementwise
+def bitwise_and(x, y):
+    """Return x & y for integers and bools."""
+    return x & y
+
+
+@elementwise
+def bitwise_or(x, y):
+    """Return x | y for integers and bools."""
+    return x | y
+
+
+@elementwise
+def bitwise_xor(x, y):
+    """Return x ^ y for integers and bools."""
+    return x ^ y
+
+
+@operation
+def bitwise_not(x):
+    """Return ~x for integers and bools."""
+    return ~x
+
+
+@elementwise
+def logical_and(x, y):
+    """Return whether x and y are both nonzero, elementwise."""
+    return (x != 0) & (y != 0)
+
+
+@elementwise
+def logical_or(x, y):
+    """Return whether x or y is nonzero, elementwise."""
+    return (x != 0) | (y != 0)
+
+
+@elementwise
+def logical_xor(x, y):
+    """Return whether exactly one of x and y is nonzero, elementwise."""
+    return (x != 0) ^ (y != 0)
+
+
+@operation
+def logical_not(x):
+    """Return whether x is zero, elementwise."""
+    return x == 0
+
+
+@operation
+def isnan(x):
+    """Return whether x is nan, elementwise."""
+    return x != x
+
+
+@operation
+def isinf(x):
+    """Return whether x is positive or negative infinity, elementwise."""
+    return builtins.abs(x) == math.inf
+
+
+@operation
+def isfinite(x):
+    """Return whether x is neither infinite nor nan, elementwise."""
+    return builtins.abs(x) < math.inf
+
+
+@operation
+def _isclose(x, y, *, rtol, atol, equal_nan):
+    return array_module(x).isclose(x, y, rtol=rtol, atol=atol, equal_nan=equal_nan)
+
+
+def isclose(x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> Any:
+    """Return whether |x - y| <= atol + rtol * |y|, elementwise. Raises TypeError unless dtypes agree."""
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"isclose: x and y must have one dtype; got x.dtype={x.dtype}, y.dtype={y.dtype}"
+        )
+    return _isclose(x, y, rtol=rtol, atol=atol, equal_nan=equal_nan)
+
+
+def allclose(
+    x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> bool:
+    """Return whether `isclose` holds everywhere. Waits for the GPU."""
+    return bool(array_of(isclose(x, y, rtol, atol, equal_nan)).all())
+
+
+def equal(x: Any, y: Any) -> bool:
+    """Return whether x and y have one shape and equal elements. Waits for the GPU."""
+    return x.shape == y.shape and bool(array_of(eq(x, y)).all())

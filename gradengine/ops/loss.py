@@ -1,0 +1,280 @@
+"""Losses: how far a prediction is from its target, as one number or one for each element."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from gradengine.device import array_module
+from gradengine.operation import array_of, operation
+from gradengine.ops.activation import log_softmax, logsigmoid
+from gradengine.ops.elementwise import abs, square, where
+from gradengine.ops.reduction import mean, sum
+from gradengine.ops.shape import reshape
+
+# ---- classes -------------------------------------------------------------------------------------
+
+
+@operation(label="NllLossBackward0")
+def _nll_loss(x, *, target, scale, divisor):
+    """Return -x[target] * scale along the class axis; with a divisor, their sum divided by it."""
+    xp = array_module(x)
+    axis = min(1, x.ndim - 1)
+    picked = xp.take_along_axis(x, xp.expand_dims(target, axis), axis=axis).squeeze(axis)
+    loss = xp.where(scale != 0, picked * -scale, xp.zeros((), x.dtype))
+    if divisor is None:
+        return loss
+    with np.errstate(invalid="ignore"):  # 0 / 0, all targets ignored: nan is the answer
+        return loss.sum() / divisor
+
+
+@operation(label="NllLossBackwardBackward0")
+def _nll_loss_grad(grad, *, target, scale, divisor, shape):
+    """Spread grad over zeros of `shape`, the adjoint of `_nll_loss`."""
+    xp = array_module(grad)
+    axis = min(1, len(shape) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weighted = grad * -scale if divisor is None else grad / divisor * -scale
+    weighted = xp.where(scale != 0, weighted, xp.zeros((), grad.dtype))
+    out = xp.zeros(shape, grad.dtype)
+    xp.put_along_axis(out, xp.expand_dims(target, axis), xp.expand_dims(weighted, axis), axis)
+    return out
+
+
+_nll_loss.pullbacks(
+    x=lambda grad, x_shape, target, scale, divisor: _nll_loss_grad(
+        grad, target=target, scale=scale, divisor=divisor, shape=x_shape
+    )
+)
+_nll_loss_grad.pullbacks(
+    grad=lambda x, target, scale, divisor: _nll_loss(x, target=target, scale=scale, divisor=divisor)
+)
+
+
+def nll_loss(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Any:
+    """Return -input[target], for log-probabilities input (N, C), (C,) or (N, C, ...).
+
+    target holds class numbers in input's shape without C. weight (C,) weighs by class; targets
+    equal to ignore_index count for nothing. reduction "mean" divides the sum by the sum of weights
+    counted (nan if there are none), "sum" does not, "none" gives target's shape.
+    Raises IndexError for a target that is no class (on CUDA its loss is nan: a check would wait for
+    the GPU), ValueError if the shapes do not fit, TypeError unless input is floating point and
+    target integer.
+    """
+    target, scale, _ = _class_scale("nll_loss", input, target, weight, ignore_index)
+    return _nll_loss(
+        input, target=target, scale=scale, divisor=_divisor("nll_loss", scale, reduction)
+    )
+
+
+def _divisor(name: str, scale: Any, reduction: str) -> Any:
+    _check_reduction(name, reduction)
+    if reduction == "none":
+        return None
+    return scale.sum() if reduction == "mean" else 1
+
+
+def _class_scale(
+    name: str, input: Any, target: Any, weight: Any, ignore_index: int
+) -> tuple[Any, Any, Any]:
+    """Return target, with class 0 where ignored, its elements' weights, and what is ignored."""
+    target, weight = array_of(target), array_of(weight)
+    xp = array_module(target)
+    _check_classes(name, input, target, weight)
+    classes = input.shape[min(1, input.ndim - 1)]
+    ignored = target == ignore_index
+    wrong = ((target < 0) | (target >= classes)) & ~ignored
+    if xp is np and wrong.any():
+        raise IndexError(
+            f"{name}: Target {target[wrong].flat[0]} is out of bounds (0 <= target < classes); "
+            f"got input.shape={tuple(input.shape)}"
+        )
+    safe = xp.where(ignored | wrong, 0, target)
+    scale = xp.ones(target.shape, input.dtype) if weight is None else weight[safe]
+    scale = xp.where(ignored, xp.zeros((), input.dtype), scale)
+    if xp is not np:
+        scale = xp.where(wrong, xp.full((), xp.nan, input.dtype), scale)
+    return safe, scale, ignored
+
+
+def _check_classes(name: str, input: Any, target: Any, weight: Any) -> None:
+    if input.dtype.kind != "f" or target.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name}: input must be floating point and target integer class numbers; "
+            f"got input.dtype={input.dtype}, target.dtype={target.dtype}"
+        )
+    shape = tuple(input.shape)
+    if not shape or target.shape != (shape[:1] if len(shape) > 1 else ()) + shape[2:]:
+        raise ValueError(
+            f"{name}: target must have input's shape without the classes "
+            "(target.shape == input.shape[:1] + input.shape[2:]); "
+            f"got input.shape={shape}, target.shape={target.shape}"
+        )
+    if weight is not None and (weight.shape != shape[:2][-1:] or weight.dtype != input.dtype):
+        raise ValueError(
+            f"{name}: weight must have one element of input's dtype for each class; "
+            f"got input.shape={shape}, input.dtype={input.dtype}, "
+            f"weight.shape={weight.shape}, weight.dtype={weight.dtype}"
+        )
+
+
+def cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Return the cross entropy of softmax(input) and target, for (N, C), (C,) or (N, C, ...).
+
+    target holds class numbers as in `nll_loss`, with its weight, ignore_index, reduction, errors;
+    or probabilities, floating point in input's shape ("mean" is then over all but C).
+    label_smoothing is the share of each target that is spread evenly over the classes.
+    Raises ValueError unless 0 <= label_smoothing <= 1.
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            "cross_entropy: label_smoothing must be a share (0 <= label_smoothing <= 1); "
+            f"got label_smoothing={label_smoothing}"
+        )
+    _check_reduction("cross_entropy", reduction)
+    axis = min(1, input.ndim - 1)
+    scores = log_softmax(input, axis)
+    if target.dtype.kind == "f":
+        return _soft_cross_entropy(scores, target, weight, reduction, label_smoothing)
+    target, scale, ignored = _class_scale("cross_entropy", scores, target, weight, ignore_index)
+    divisor = _divisor("cross_entropy", scale, reduction)
+    loss = _nll_loss(scores, target=target, scale=scale, divisor=divisor)
+    if label_smoothing == 0:
+        return loss
+    even = where(ignored, 0.0, -sum(_weighed(scores, weight), dim=axis))
+    if divisor is not None:
+        even = sum(even) / divisor
+    return loss * (1 - label_smoothing) + even * (label_smoothing / scores.shape[axis])
+
+
+def _soft_cross_entropy(
+    scores: Any, target: Any, weight: Any, reduction: str, label_smoothing: float
+) -> Any:
+    if target.shape != scores.shape:
+        raise ValueError(
+            "cross_entropy: target probabilities must have input's shape "
+            "(target.shape == input.shape); "
+            f"got input.shape={tuple(scores.shape)}, target.shape={tuple(target.shape)}"
+        )
+    axis = min(1, scores.ndim - 1)
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / scores.shape[axis]
+    return _reduced(-sum(_weighed(scores, weight) * target, dim=axis), reduction)
+
+
+def _weighed(scores: Any, weight: Any) -> Any:
+    """Return scores times the weights of their classes."""
+    if weight is None:
+        return scores
+    return scores * reshape(array_of(weight), (-1, *(1,) * max(0, scores.ndim - 2)))
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def mse_loss(input: Any, target: Any, reduction: str = "mean") -> Any:
+    """Return the squared difference of input and target.
+
+    reduction is "mean", "sum" or "none" (elementwise), ValueError for any other. Unequal shapes are
+    broadcast, with a UserWarning.
+    """
+    difference = _difference("mse_loss", input, target, reduction)
+    return _reduced(square(difference), reduction)
+
+
+def l1_loss(input: Any, target: Any, reduction: str = "mean") -> Any:
+    """Return |input - target|; shapes, reduction and errors as in `mse_loss`."""
+    return _reduced(abs(_difference("l1_loss", input, target, reduction)), reduction)
+
+
+def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float = 1.0) -> Any:
+    """Return d * d / (2 * beta) where d = |input - target| < beta, and d - beta / 2 elsewhere.
+
+    Shapes, reduction and errors as in `mse_loss`; ValueError also for a negative beta. With beta 0
+    it is `l1_loss`.
+    """
+    if beta < 0:
+        raise ValueError(f"smooth_l1_loss: beta must not be negative (beta >= 0); got beta={beta}")
+    if beta == 0:
+        return l1_loss(input, target, reduction)
+    distance = abs(_difference("smooth_l1_loss", input, target, reduction))
+    near = square(distance) * (0.5 / beta)
+    return _reduced(where(distance < beta, near, distance - 0.5 * beta), reduction)
+
+
+def huber_loss(input: Any, target: Any, reduction: str = "mean", delta: float = 1.0) -> Any:
+    """Return d * d / 2 where d = |input - target| <= delta, and delta * (d - delta / 2) elsewhere.
+
+    Shapes, reduction and errors as in `mse_loss`; ValueError also unless delta > 0.
+    """
+    if delta <= 0:
+        raise ValueError(f"huber_loss: delta must be positive (delta > 0); got delta={delta}")
+    distance = abs(_difference("huber_loss", input, target, reduction))
+    near, far = square(distance) * 0.5, (distance - 0.5 * delta) * delta
+    return _reduced(where(distance <= delta, near, far), reduction)
+
+
+def binary_cross_entropy_with_logits(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: str = "mean",
+    pos_weight: Any = None,
+) -> Any:
+    """Return the cross entropy of probabilities sigmoid(input) and target, both of one shape.
+
+    weight, broadcast to it, weighs the elements, pos_weight the positive share of each. reduction
+    as in `mse_loss`. Raises ValueError if the shapes differ.
+    """
+    _check_reduction("binary_cross_entropy_with_logits", reduction)
+    if input.shape != target.shape:
+        raise ValueError(
+            "binary_cross_entropy_with_logits: Target size must be the same as input size "
+            f"(target.shape == input.shape); got input.shape={tuple(input.shape)}, "
+            f"target.shape={tuple(target.shape)}"
+        )
+    positive = logsigmoid(input)
+    if pos_weight is not None:
+        positive = positive * (1 + (pos_weight - 1) * target)
+    loss = (1 - target) * input - positive
+    return _reduced(loss if weight is None else loss * weight, reduction)
+
+
+def _difference(name: str, input: Any, target: Any, reduction: str) -> Any:
+    _check_reduction(name, reduction)
+    if input.shape != target.shape:
+        warnings.warn(
+            f"{name}: Using a target size {tuple(target.shape)} that is different to the input "
+            f"size {tuple(input.shape)}; they are broadcast, which is seldom what is meant",
+            UserWarning,
+            stacklevel=3,
+        )
+    return input - target
+
+
+def _check_reduction(name: str, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"{name}: reduction must be 'mean', 'sum' or 'none'; got reduction={reduction!r}"
+        )
+
+
+def _reduced(loss: Any, reduction: str) -> Any:
+    if reduction == "none":
+        return loss
+    return mean(loss) if reduction == "mean" else sum(loss)

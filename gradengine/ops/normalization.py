@@ -1,0 +1,242 @@
+"""Normalization: by statistics of the batch, running statistics, or those of each sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from gradengine import kernels
+from gradengine.device import array_module
+from gradengine.operation import array_of, operation, sum_to_shape
+from gradengine.ops.elementwise import rsqrt
+from gradengine.ops.reduction import mean, sum
+from gradengine.ops.shape import reshape
+from gradengine.tape import Variable
+
+# ---- batch normalization -------------------------------------------------------------------------
+
+
+@operation(label="NativeBatchNormBackward0", keeps=("mean", "inv_std"))
+def _batch_norm(x, weight, bias, *, running_mean, running_var, momentum, eps):
+    """Normalize by the batch's own statistics and move the running ones, in place, towards them."""
+    out, mean, var = kernels.batch_norm(_images(x), weight, bias, eps)
+    count = x.size // x.shape[1] if x.size else 0
+    if count and running_mean is not None:
+        _move(running_mean, mean, momentum)
+    if count and running_var is not None:
+        _move(running_var, var * (count / (count - 1)), momentum)
+    inv_std = 1 / array_module(x).sqrt(var + eps)
+    return out.reshape(x.shape), mean, inv_std
+
+
+def _move(running: Any, found: Any, momentum: float) -> None:
+    running *= 1 - momentum
+    running += momentum * found
+
+
+def _batch_norm_grad(
+    grad: Any, wanted: Any, x: Any, weight: Any, mean: Any, inv_std: Any, eps: float
+) -> Any:
+    if not isinstance(grad, Variable):
+        grads = kernels.batch_norm_grad(_images(grad), _images(x), weight, mean, inv_std)
+        return grads[0].reshape(x.shape), *grads[1:]
+    axes = _channel_axes(x)
+    weighted = grad if weight is None else grad * _by_channel(weight, x.ndim)
+    normal, inv_std = _standardize(x, axes, eps)
+    grad_x = _standardize_grad(weighted, normal, inv_std, axes)
+    return grad_x, sum(grad * normal, dim=axes), sum(grad, dim=axes)
+
+
+_batch_norm.joint_pullback(_batch_norm_grad)
+
+
+@operation(label="NativeBatchNormBackward0")
+def _scale_channels(x, weight, bias, *, mean, inv_std):
+    """Normalize by given statistics: one multiply-add for each pixel."""
+    scale = inv_std if weight is None else weight * inv_std
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return kernels.scale_shift(_images(x), scale, shift).reshape(x.shape)
+
+
+def _scale_channels_grad(grad: Any, weight: Any, inv_std: Any) -> Any:
+    scale = inv_std if weight is None else weight * inv_std
+    return grad * _by_channel(scale, grad.ndim)
+
+
+def _scale_channels_grad_weight(grad: Any, x: Any, mean: Any, inv_std: Any) -> Any:
+    centred = x - _by_channel(mean, x.ndim)
+    return sum(grad * centred, dim=_channel_axes(x)) * inv_std
+
+
+_scale_channels.pullbacks(
+    x=_scale_channels_grad,
+    weight=_scale_channels_grad_weight,
+    bias=lambda grad: sum(grad, dim=_channel_axes(grad)),
+)
+
+
+def batch_norm(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias by channel: x (N, C, ...), vectors (C,).
+
+    Training takes mean and biased variance from the batch, and moves the running statistics, which
+    may be None, in place: r = (1 - momentum) * r + momentum * batch, with unbiased variance.
+    Otherwise the running statistics are taken. Ioffe and Szegedy, arXiv:1502.03167.
+    Raises ValueError if shapes do not fit, running statistics are missing, or training meets one
+    value per channel; TypeError unless all have one dtype, float32, float64 or on CUDA float16.
+    """
+    _check_batch_norm(x, running_mean, running_var, training)
+    if not training:
+        mean, var = array_of(running_mean), array_of(running_var)
+        inv_std = 1 / array_module(var).sqrt(var + eps)
+        # A copy of the mean: training may move the running one before backward asks for it.
+        return _scale_channels(x, weight, bias, mean=mean.copy(), inv_std=inv_std)
+    out = _batch_norm(
+        x,
+        weight,
+        bias,
+        running_mean=array_of(running_mean),
+        running_var=array_of(running_var),
+        momentum=momentum,
+        eps=eps,
+    )
+    for running in (running_mean, running_var):
+        if isinstance(running, Variable):
+            running.written()
+    return out
+
+
+def _check_batch_norm(x: Any, running_mean: Any, running_var: Any, training: bool) -> None:
+    shape = tuple(x.shape)
+    if len(shape) < 2:
+        raise ValueError(f"batch_norm: x must have channels (x.ndim >= 2); got x.shape={shape}")
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is None and not training:
+            raise ValueError(f"batch_norm: {name} must be given unless training; got {name}=None")
+        if running is not None and running.shape != shape[1:2]:
+            raise ValueError(
+                f"batch_norm: {name} must have one element for each channel "
+                f"({name}.shape == x.shape[1:2]); got x.shape={shape}, "
+                f"{name}.shape={tuple(running.shape)}"
+            )
+    if training and shape[0] * math.prod(shape[2:]) == 1:
+        raise ValueError(
+            "batch_norm: Expected more than 1 value per channel when training, "
+            f"got input size {shape}"
+        )
+
+
+def _images(x: Any) -> Any:
+    """Return the array x (N, C, ...) as (N, C, pixels, 1), which the kernels take."""
+    return x if x.ndim == 4 else x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1)
+
+
+def _channel_axes(x: Any) -> tuple[int, ...]:
+    return (0, *range(2, x.ndim))
+
+
+def _by_channel(vector: Any, ndim: int) -> Any:
+    """Return a vector (C,) in a shape that broadcasts along axis 1 of `ndim` axes."""
+    return reshape(vector, (1, vector.shape[0], *(1,) * (ndim - 2)))
+
+
+# ---- statistics in operations --------------------------------------------------------------------
+
+
+def _standardize(x: Any, axes: tuple[int, ...], eps: float) -> tuple[Any, Any]:
+    """Return x with mean 0 and variance 1 over `axes`, and 1 / its standard deviation."""
+    centred = x - mean(x, dim=axes, keepdim=True)
+    inv_std = rsqrt(mean(centred * centred, dim=axes, keepdim=True) + eps)
+    return centred * inv_std, inv_std
+
+
+def _standardize_grad(grad: Any, normal: Any, inv_std: Any, axes: tuple[int, ...]) -> Any:
+    # y = (x - mean) * inv_std has dx = inv_std * (dy - mean(dy) - y * mean(dy * y)).
+    along = mean(grad * normal, dim=axes, keepdim=True)
+    return inv_std * (grad - mean(grad, dim=axes, keepdim=True) - normal * along)
+
+
+# ---- layer normalization -------------------------------------------------------------------------
+
+
+@operation(label="NativeLayerNormBackward0", keeps=("mean", "inv_std"))
+def _layer_norm(x, weight, bias, *, axes, eps):
+    mean = x.mean(axis=axes, keepdims=True)
+    out = x - mean
+    inv_std = 1 / array_module(x).sqrt((out * out).mean(axis=axes, keepdims=True) + eps)
+    out *= inv_std
+    if weight is not None:
+        out *= weight
+    if bias is not None:
+        out += bias
+    return out, mean, inv_std
+
+
+def _layer_norm_parts(x: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float) -> Any:
+    """Return normalized x and 1 / standard deviation: from what forward kept, or recorded anew."""
+    if isinstance(x, Variable):
+        return _standardize(x, axes, eps)
+    return (x - mean) * inv_std, inv_std
+
+
+def _layer_norm_grad(
+    grad: Any, x: Any, weight: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float
+) -> Any:
+    normal, inv_std = _layer_norm_parts(x, mean, inv_std, axes, eps)
+    return _standardize_grad(grad if weight is None else grad * weight, normal, inv_std, axes)
+
+
+def _layer_norm_grad_weight(
+    grad: Any, x: Any, weight_shape: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float
+) -> Any:
+    normal, _ = _layer_norm_parts(x, mean, inv_std, axes, eps)
+    return sum_to_shape(grad * normal, shape=weight_shape)
+
+
+_layer_norm.pullbacks(
+    x=_layer_norm_grad,
+    weight=_layer_norm_grad_weight,
+    bias=lambda grad, bias_shape: sum_to_shape(grad, shape=bias_shape),
+)
+
+
+def layer_norm(
+    x: Any,
+    normalized_shape: int | Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Return x with mean 0 and variance 1 over its last axes, times weight, plus bias.
+
+    normalized_shape is the shape of these axes and of weight and bias, each of which may be None.
+    Ba, Kiros and Hinton, arXiv:1607.06450.
+    Raises ValueError if the shapes do not fit, TypeError unless all are of one floating dtype.
+    """
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    given = {"x": x, "weight": weight, "bias": bias}
+    given = {name: value for name, value in given.items() if value is not None}
+    if x.dtype.kind != "f" or any(value.dtype != x.dtype for value in given.values()):
+        got = ", ".join(f"{name}.dtype={value.dtype}" for name, value in given.items())
+        raise TypeError(f"layer_norm: all inputs must be of one floating point dtype; got {got}")
+    if (
+        not shape
+        or any(tuple(value.shape[-len(shape) :]) != shape for value in given.values())
+        or any(value.ndim != len(shape) for name, value in given.items() if name != "x")
+    ):
+        got = ", ".join(f"{name}.shape={tuple(value.shape)}" for name, value in given.items())
+        raise ValueError(
+            "layer_norm: x must end with normalized_shape, and weight and bias have it "
+            "(x.shape[-k:] == weight.shape == normalized_shape); "
+            f"got {got}, normalized_shape={shape}"
+        )
+    return _layer_norm(x, weight, bias, axes=tuple(range(-len(shape), 0)), eps=eps)

@@ -1,0 +1,817 @@
+"""Shape: reshaping, permuting, expanding, slicing, padding, joining and splitting.
+
+Where NumPy gives a view the result is one: it shares memory, and a write to either is seen by both.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gradengine.device import array_module
+from gradengine.dtypes import result_type
+from gradengine.operation import broadcast_to as _broadcast_to
+from gradengine.operation import cast, operation, sum_to_shape
+
+# ---- dims ----------------------------------------------------------------------------------------
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Return a sequence as a tuple, and a single value as a tuple of one."""
+    if type(value) is tuple:
+        return value
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def normalized_dim(name: str, dim: int, ndim: int) -> int:
+    """Return `dim` counted from the front. Raises IndexError, in the name of `name`, if there is none."""
+    if not -ndim <= dim < ndim:
+        raise IndexError(
+            f"{name}: dim must be in [{-ndim}, {ndim - 1}] (-ndim <= dim < ndim); "
+            f"got dim={dim}, ndim={ndim}"
+        )
+    return dim % ndim
+
+
+def normalized_dims(name: str, dim: Any, ndim: int) -> tuple[int, ...]:
+    """Return an int or a sequence of ints as dims counted from the front, in the order given.
+
+    A 0-d tensor may be given dim 0 or -1, as in PyTorch. Raises ValueError for a repeated dim.
+    """
+    given = _as_tuple(dim)
+    if ndim == 0 and all(-1 <= one <= 0 for one in given):
+        return ()
+    dims = tuple([normalized_dim(name, one, ndim) for one in given])
+    if len(set(dims)) != len(dims):
+        raise ValueError(f"{name}: a dim must not appear twice; got dim={dim}, ndim={ndim}")
+    return dims
+
+
+def _in_front(dim: int, item: Any) -> tuple[Any, ...]:
+    """Return the basic index that applies `item` to axis `dim` and keeps the others whole."""
+    # The Ellipsis makes NumPy give a 0-d view, not a scalar, when every axis is taken.
+    return (*[slice(None)] * dim, item, ...)
+
+
+# ---- reshaping -----------------------------------------------------------------------------------
+
+
+@operation(label=lambda shape, label: label, view=True)
+def _reshape(x, *, shape, label):
+    return x.reshape(shape)
+
+
+_reshape.pullbacks(x=lambda grad, x_shape: _reshape(grad, shape=x_shape, label="ViewBackward0"))
+
+
+def reshape(x: Any, shape: Any) -> Any:
+    """Return the elements of x, in C order, in `shape`; one size may be -1. A view where possible.
+
+    Raises ValueError if the sizes do not multiply to the number of elements.
+    """
+    shape = _as_tuple(shape)
+    try:
+        return _reshape(x, shape=shape, label="ViewBackward0")
+    except ValueError:
+        raise _invalid_shape("reshape", shape, x.shape) from None
+
+
+def _invalid_shape(name: str, shape: tuple[int, ...], current: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"{name}: shape must hold as many elements as x (prod(shape) == prod(x.shape)), with at most "
+        f"one -1; got shape={shape}, x.shape={tuple(current)}"
+    )
+
+
+@operation(label="ViewBackward0", view=True)
+def _view(x, *, shape):
+    out = x.reshape(shape)
+    if out.base is not x and (out.base is None or out.base is not x.base):
+        raise RuntimeError(
+            "view: shape is not compatible with x's strides, so it would need a copy "
+            f"(use reshape); got shape={shape}, x.shape={x.shape}"
+        )
+    return out
+
+
+_view.pullbacks(x=lambda grad, x_shape: _reshape(grad, shape=x_shape, label="ViewBackward0"))
+
+
+def view(x: Any, shape: Any) -> Any:
+    """Return x in `shape`, sharing its memory; one size may be -1.
+
+    Raises ValueError if the sizes do not fit, RuntimeError if x's strides would need a copy.
+    """
+    shape = _as_tuple(shape)
+    try:
+        return _view(x, shape=shape)
+    except ValueError:
+        raise _invalid_shape("view", shape, x.shape) from None
+
+
+def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """Return x with the dims from `start_dim` to `end_dim`, both included, made one.
+
+    Raises ValueError if start_dim comes after end_dim.
+    """
+    if x.ndim == 0:
+        return reshape(x, (1,))
+    start = normalized_dim("flatten", start_dim, x.ndim)
+    end = normalized_dim("flatten", end_dim, x.ndim)
+    if start > end:
+        raise ValueError(
+            "flatten: start_dim must not come after end_dim (start_dim <= end_dim); "
+            f"got start_dim={start_dim}, end_dim={end_dim}, ndim={x.ndim}"
+        )
+    if start == end:
+        return x
+    size = math.prod(x.shape[start : end + 1])
+    return reshape(x, (*x.shape[:start], size, *x.shape[end + 1 :]))
+
+
+def ravel(x: Any) -> Any:
+    """Return the elements of x in one dim, in C order."""
+    return reshape(x, (-1,)) if x.ndim != 1 else x
+
+
+def unflatten(x: Any, dim: int, sizes: Any) -> Any:
+    """Return x with `dim` split into dims of `sizes`; one may be -1.
+
+    Raises ValueError if they do not multiply to the dim's size.
+    """
+    dim = normalized_dim("unflatten", dim, x.ndim)
+    sizes = tuple(sizes)
+    known = math.prod(size for size in sizes if size != -1)
+    fits = x.shape[dim] % known == 0 if sizes.count(-1) == 1 and known else known == x.shape[dim]
+    if not fits or sizes.count(-1) > 1:
+        raise ValueError(
+            "unflatten: sizes must multiply to the size of dim (prod(sizes) == x.shape[dim]); "
+            f"got sizes={sizes}, x.shape[{dim}]={x.shape[dim]}"
+        )
+    filled = tuple(x.shape[dim] // known if size == -1 else size for size in sizes)
+    return reshape(x, (*x.shape[:dim], *filled, *x.shape[dim + 1 :]))
+
+
+def unsqueeze(x: Any, dim: int) -> Any:
+    """Return a view of x with a dim of size 1 put in at `dim`."""
+    dim = normalized_dim("unsqueeze", dim, x.ndim + 1)
+    return _reshape(x, shape=(*x.shape[:dim], 1, *x.shape[dim:]), label="UnsqueezeBackward0")
+
+
+def squeeze(x: Any, dim: Any = None) -> Any:
+    """Return a view of x without its dims of size 1: all, or those in `dim` (an int or a tuple)."""
+    label = "SqueezeBackward0"
+    dims = tuple(range(x.ndim))
+    if dim is not None:
+        label = "SqueezeBackward2" if isinstance(dim, Sequence) else "SqueezeBackward1"
+        dims = normalized_dims("squeeze", dim, x.ndim)
+    kept = tuple(size for axis, size in enumerate(x.shape) if axis not in dims or size != 1)
+    return _reshape(x, shape=kept, label=label)
+
+
+# ---- order of dims -------------------------------------------------------------------------------
+
+
+@operation(label=lambda dims, label: label, view=True)
+def _permute(x, *, dims, label):
+    return x.transpose(dims)
+
+
+def _unpermute(grad: Any, dims: tuple[int, ...], label: str) -> Any:
+    inverse = tuple(sorted(range(len(dims)), key=dims.__getitem__))
+    return _permute(grad, dims=inverse, label=label)
+
+
+_permute.pullbacks(x=_unpermute)
+
+
+def permute(x: Any, dims: Any) -> Any:
+    """Return a view of x whose axis i is x's axis dims[i]. Raises ValueError unless each is named once."""
+    order = normalized_dims("permute", dims, x.ndim)
+    if len(order) != x.ndim:
+        raise ValueError(
+            f"permute: dims must name each of x's dims once (len(dims) == ndim); got dims={dims}, ndim={x.ndim}"
+        )
+    return _permute(x, dims=order, label="PermuteBackward0")
+
+
+def _transposed(x: Any, dim0: int, dim1: int, label: str) -> Any:
+    order = list(range(x.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permute(x, dims=tuple(order), label=label)
+
+
+def transpose(x: Any, dim0: int, dim1: int) -> Any:
+    """Return a view of x with two dims swapped."""
+    if x.ndim == 0 and {dim0, dim1} <= {0, -1}:
+        return x
+    dim0 = normalized_dim("transpose", dim0, x.ndim)
+    dim1 = normalized_dim("transpose", dim1, x.ndim)
+    return _transposed(x, dim0, dim1, "TransposeBackward0")
+
+
+swapaxes = transpose
+
+
+def t(x: Any) -> Any:
+    """Return the transpose of a matrix, as a view; 0-d and 1-d as they are. ValueError for more dims."""
+    if x.ndim > 2:
+        raise ValueError(
+            f"t: x must have at most two dims (x.ndim <= 2); got x.shape={tuple(x.shape)}"
+        )
+    return x if x.ndim < 2 else _transposed(x, 0, 1, "TBackward0")
+
+
+def movedim(x: Any, source: Any, destination: Any) -> Any:
+    """Return a view of x with the dims `source` (int or tuple) moved to `destination`, others in order."""
+    sources = normalized_dims("movedim", source, x.ndim)
+    destinations = normalized_dims("movedim", destination, x.ndim)
+    if len(sources) != len(destinations):
+        raise ValueError(
+            "movedim: source and destination must name equally many dims; "
+            f"got source={source}, destination={destination}"
+        )
+    order = [dim for dim in range(x.ndim) if dim not in sources]
+    for place, dim in sorted(zip(destinations, sources, strict=True)):
+        order.insert(place, dim)
+    return _permute(x, dims=tuple(order), label="PermuteBackward0")
+
+
+# ---- expanding and repeating ---------------------------------------------------------------------
+
+
+def expand(x: Any, shape: Any) -> Any:
+    """Return a read-only view of x repeated along new leading and size-1 dims up to `shape`.
+
+    -1 keeps the size of an existing dim. Raises ValueError where a size is neither 1 nor the target's.
+    """
+    shape = _as_tuple(shape)
+    added = len(shape) - x.ndim
+    current = (*[1] * added, *x.shape)
+    target = tuple(
+        old if new == -1 and place >= added else new
+        for place, (new, old) in enumerate(zip(shape, current, strict=False))
+    )
+    if added < 0 or any(
+        new < 0 or old not in (1, new) for new, old in zip(target, current, strict=True)
+    ):
+        raise ValueError(
+            "expand: each size of x must be 1 or the expanded size, aligned at the last dim; "
+            f"got shape={shape}, x.shape={tuple(x.shape)}"
+        )
+    return _broadcast_to(x, shape=target)
+
+
+broadcast_to = expand
+
+
+def broadcast_tensors(*tensors: Any) -> tuple[Any, ...]:
+    """Return the tensors expanded to their common shape. Raises ValueError if there is none."""
+    shapes = [tuple(x.shape) for x in tensors]
+    try:
+        shape = np.broadcast_shapes(*shapes)
+    except ValueError:
+        raise ValueError(
+            f"broadcast_tensors: shapes must broadcast together; got {', '.join(map(str, shapes))}"
+        ) from None
+    return tuple([x if x.shape == shape else _broadcast_to(x, shape=shape) for x in tensors])
+
+
+def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, ...]:
+    """Return the coordinates of a grid: one tensor for each 1-D or 0-d input, all of one shape.
+
+    `indexing` is "ij" (matrix order) or "xy" (the first two dims swapped); others raise ValueError.
+    """
+    if indexing not in ("ij", "xy"):
+        raise ValueError(f'meshgrid: indexing must be "ij" or "xy"; got indexing={indexing!r}')
+    if len(tensors) == 1 and isinstance(tensors[0], Sequence):
+        tensors = tuple(tensors[0])
+    lines = [reshape(x, (-1,)) for x in tensors]
+    places = list(range(len(lines)))
+    if indexing == "xy" and len(lines) > 1:
+        places[:2] = [1, 0]
+    shape = tuple(lines[place].shape[0] for place in places)
+    return tuple(
+        _broadcast_to(reshape(x, (-1, *[1] * (len(lines) - 1 - place))), shape=shape)
+        for x, place in zip(lines, places, strict=True)
+    )
+
+
+@operation
+def _repeat(x, *, repeats):
+    return array_module(x).tile(x, repeats)
+
+
+@operation
+def _sum_repeats(x, *, shape):
+    """Sum the copies that `_repeat` makes of an array of `shape`."""
+    counts = [size // max(one, 1) for size, one in zip(x.shape, shape, strict=True)]
+    folded = [size for pair in zip(counts, shape, strict=True) for size in pair]
+    return x.reshape(folded).sum(axis=tuple(range(0, 2 * x.ndim, 2)))
+
+
+_repeat.pullbacks(x=lambda grad, x_shape: _sum_repeats(grad, shape=x_shape))
+_sum_repeats.pullbacks(
+    x=lambda grad, x_shape, shape: _repeat(
+        grad, repeats=tuple(size // max(one, 1) for size, one in zip(x_shape, shape, strict=True))
+    )
+)
+
+
+def repeat(x: Any, repeats: Any) -> Any:
+    """Return x copied repeats[i] times along dim i; more repeats than dims add leading dims.
+
+    Raises ValueError for fewer repeats than dims.
+    """
+    repeats = _as_tuple(repeats)
+    added = len(repeats) - x.ndim
+    if added < 0:
+        raise ValueError(
+            "repeat: there must be a number of repeats for each dim (len(repeats) >= ndim); "
+            f"got repeats={repeats}, ndim={x.ndim}"
+        )
+    if added:
+        x = reshape(x, (*[1] * added, *x.shape))
+    return _repeat(x, repeats=repeats)
+
+
+def tile(x: Any, dims: Any) -> Any:
+    """Return x copied dims[i] times along dim i; missing leading counts are 1."""
+    dims = _as_tuple(dims)
+    return repeat(x, (*[1] * (x.ndim - len(dims)), *dims))
+
+
+# ---- slices and their adjoint --------------------------------------------------------------------
+
+
+@operation(label=lambda index, label: label, view=True)
+def slices(x, *, index, label):
+    """Return x[index] for a basic index that ends with, or holds, an Ellipsis: always a view."""
+    return x[index]
+
+
+@operation
+def assemble(*pieces, indices, shape):
+    """Return zeros of `shape` with each piece written at its basic index; the indices do not overlap."""
+    # The pieces' layout is kept. CuPy ignores an empty shape, hence the reshape.
+    out = array_module(pieces[0]).zeros_like(pieces[0], shape=shape).reshape(shape)
+    for piece, index in zip(pieces, indices, strict=True):
+        out[index] = piece
+    return out
+
+
+def _piece_of(grad: Any, position: int, indices: Any) -> Any:
+    return slices(grad, index=indices[position], label="SliceBackward0")
+
+
+slices.pullbacks(x=lambda grad, x_shape, index: assemble(grad, indices=(index,), shape=x_shape))
+assemble.pullbacks(pieces=_piece_of)
+
+
+def narrow(x: Any, dim: int, start: int, length: int) -> Any:
+    """Return the view of x that holds `length` places of `dim` from `start`, which may be negative.
+
+    Raises IndexError if they do not lie within the dim.
+    """
+    dim = normalized_dim("narrow", dim, x.ndim)
+    size = x.shape[dim]
+    first = start + size if start < 0 else start
+    if length < 0 or not 0 <= first <= size - length:
+        raise IndexError(
+            "narrow: the places must lie within dim (0 <= start, start + length <= x.shape[dim]); "
+            f"got start={start}, length={length}, x.shape[{dim}]={size}"
+        )
+    return _narrow(x, dim, first, length)
+
+
+def _narrow(x: Any, dim: int, start: int, length: int) -> Any:
+    index = _in_front(dim, slice(start, start + length))
+    return slices(x, index=index, label="SliceBackward0")
+
+
+# ---- splitting -----------------------------------------------------------------------------------
+#
+# A gradient of full size for each of n pieces would cost O(n^2). So all pieces of one split hang on
+# one node, `_divide`: each piece's pullback gives it a `Share`, shares add up by being collected, and
+# `_divide` writes them into one array.
+
+
+class Share:
+    """Parts of the gradient of a divided tensor: what `assemble` makes the whole of."""
+
+    __slots__ = ("dtype", "indices", "pieces", "shape")
+
+    def __init__(self, piece: Any, index: Any, shape: tuple[int, ...]) -> None:
+        self.pieces = [piece]
+        self.indices = [index]
+        self.shape = shape
+        self.dtype = piece.dtype
+
+    def __add__(self, other: Share) -> Share:
+        self.pieces += other.pieces
+        self.indices += other.indices
+        return self
+
+
+@operation(view=True)
+def _divide(x):
+    return x
+
+
+@operation(label=lambda index, label: label, view=True)
+def _piece(x, *, index, label):
+    return x[index]
+
+
+_divide.pullbacks(
+    x=lambda grad: assemble(*grad.pieces, indices=tuple(grad.indices), shape=grad.shape)
+)
+_piece.pullbacks(x=lambda grad, x_shape, index: Share(grad, index, x_shape))
+
+
+def _split(x: Any, dim: int, sizes: Sequence[int], label: str) -> tuple[Any, ...]:
+    whole, start, pieces = _divide(x), 0, []
+    for size in sizes:
+        index = _in_front(dim, slice(start, start + size))
+        pieces.append(_piece(whole, index=index, label=label))
+        start += size
+    return tuple(pieces)
+
+
+def split(x: Any, split_size_or_sections: Any, dim: int = 0) -> tuple[Any, ...]:
+    """Return views that divide x along `dim`: pieces of one size (the last may be smaller) or of given sizes.
+
+    Raises ValueError for a size below 1, or sizes that do not add up to the dim's.
+    """
+    dim = normalized_dim("split", dim, x.ndim)
+    total = x.shape[dim]
+    if isinstance(split_size_or_sections, Sequence):
+        sizes = list(split_size_or_sections)
+        if builtins.sum(sizes) != total or any(size < 0 for size in sizes):
+            raise ValueError(
+                "split: the sizes must add up to the dim's (sum(sizes) == x.shape[dim]); "
+                f"got sizes={sizes}, x.shape[{dim}]={total}"
+            )
+        return _split(x, dim, sizes, "SplitWithSizesBackward0")
+    size = split_size_or_sections
+    if size < 1:
+        raise ValueError(f"split: the size of the pieces must be positive; got split_size={size}")
+    return _split(x, dim, _even_sizes(total, size), "SplitBackward0")
+
+
+def _even_sizes(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)] or [0]
+
+
+def chunk(x: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
+    """Return views that divide x along `dim` into at most `chunks` pieces of equal size, the last smaller."""
+    if chunks < 1:
+        raise ValueError(f"chunk: chunks must be positive; got chunks={chunks}")
+    dim = normalized_dim("chunk", dim, x.ndim)
+    size = max(1, -(-x.shape[dim] // chunks))
+    return _split(x, dim, _even_sizes(x.shape[dim], size), "SplitBackward0")
+
+
+def unbind(x: Any, dim: int = 0) -> tuple[Any, ...]:
+    """Return the views of x at each place of `dim`, without that dim."""
+    dim = normalized_dim("unbind", dim, x.ndim)
+    whole = _divide(x)
+    return tuple(
+        [
+            _piece(whole, index=_in_front(dim, place), label="UnbindBackward0")
+            for place in range(x.shape[dim])
+        ]
+    )
+
+
+# ---- joining -------------------------------------------------------------------------------------
+
+
+@operation
+def _cat(*tensors, dim, indices):
+    return array_module(tensors[0]).concatenate(tensors, axis=dim)
+
+
+@operation
+def _stack(*tensors, dim, indices):
+    return array_module(tensors[0]).stack(tensors, axis=dim)
+
+
+_cat.pullbacks(tensors=_piece_of)
+_stack.pullbacks(tensors=_piece_of)
+
+
+def _of_one_dtype(name: str, tensors: Any) -> list[Any]:
+    tensors = list(tensors)
+    if not tensors:
+        raise ValueError(f"{name}: there must be at least one tensor; got tensors=[]")
+    dtype = result_type(*tensors)
+    return [x if x.dtype == dtype else cast(x, dtype=dtype) for x in tensors]
+
+
+def cat(tensors: Any, dim: int = 0) -> Any:
+    """Return the tensors joined along `dim`, in their common dtype. Shapes must agree elsewhere.
+
+    An empty 1-D tensor, shape (0,), joins with anything. Raises ValueError where shapes disagree.
+    """
+    tensors = _of_one_dtype("cat", tensors)
+    tensors = [x for x in tensors if x.shape != (0,)] or tensors[:1]
+    first = tensors[0].shape
+    dim = normalized_dim("cat", dim, len(first))
+    indices, start = [], 0
+    for x in tensors:
+        if len(x.shape) != len(first) or (
+            x.shape[:dim] != first[:dim] or x.shape[dim + 1 :] != first[dim + 1 :]
+        ):
+            raise ValueError(
+                "cat: shapes must agree in all dims but dim; "
+                f"got dim={dim}, shapes {', '.join(str(tuple(x.shape)) for x in tensors)}"
+            )
+        indices.append(_in_front(dim, slice(start, start + x.shape[dim])))
+        start += x.shape[dim]
+    return _cat(*tensors, dim=dim, indices=indices)
+
+
+concat = cat
+
+
+def stack(tensors: Any, dim: int = 0) -> Any:
+    """Return the tensors, all of one shape, joined along a new dim. Raises ValueError where shapes disagree."""
+    tensors = _of_one_dtype("stack", tensors)
+    if any(x.shape != tensors[0].shape for x in tensors):
+        raise ValueError(
+            "stack: all shapes must be equal; "
+            f"got shapes {', '.join(str(tuple(x.shape)) for x in tensors)}"
+        )
+    dim = normalized_dim("stack", dim, tensors[0].ndim + 1)
+    indices = [_in_front(dim, place) for place in range(len(tensors))]
+    return _stack(*tensors, dim=dim, indices=indices)
+
+
+def hstack(tensors: Any) -> Any:
+    """Return the tensors joined along dim 1, or along dim 0 if they are 1-D; 0-d become 1-D."""
+    tensors = [reshape(x, (1,)) if x.ndim == 0 else x for x in tensors]
+    return cat(tensors, dim=0 if tensors and tensors[0].ndim == 1 else 1)
+
+
+def vstack(tensors: Any) -> Any:
+    """Return the tensors joined along dim 0; 0-d and 1-D become rows of a matrix."""
+    return cat([reshape(x, (1, -1)) if x.ndim < 2 else x for x in tensors], dim=0)
+
+
+# ---- flipping, rolling, triangles ----------------------------------------------------------------
+
+
+@operation
+def _flip(x, *, dims):
+    return array_module(x).flip(x, dims).copy(order="K")  # a copy, as in PyTorch
+
+
+_flip.pullbacks(x=lambda grad, dims: _flip(grad, dims=dims))
+
+
+def flip(x: Any, dims: Any) -> Any:
+    """Return a copy of x with the order of places in `dims` (an int or a tuple) reversed."""
+    return _flip(x, dims=normalized_dims("flip", dims, x.ndim))
+
+
+@operation
+def _roll(x, *, shifts, dims):
+    return array_module(x).roll(x, shifts, axis=dims)
+
+
+_roll.pullbacks(
+    x=lambda grad, shifts, dims: _roll(grad, shifts=tuple(-one for one in shifts), dims=dims)
+)
+
+
+def roll(x: Any, shifts: Any, dims: Any = None) -> Any:
+    """Return x with places moved on by `shifts` along `dims`, the last coming back in at the front.
+
+    Without dims, x is rolled as if it were flat. Raises ValueError unless there is a shift for each dim.
+    """
+    shifts = _as_tuple(shifts)
+    if dims is None and len(shifts) == 1:
+        return reshape(_roll(ravel(x), shifts=shifts, dims=(0,)), x.shape)
+    places = () if dims is None else normalized_dims("roll", dims, x.ndim)
+    if len(shifts) != len(places):
+        raise ValueError(
+            f"roll: there must be one shift for each dim; got shifts={shifts}, dims={dims}"
+        )
+    return _roll(x, shifts=shifts, dims=places)
+
+
+@operation
+def _tril(x, *, diagonal):
+    return array_module(x).tril(x, diagonal)
+
+
+@operation
+def _triu(x, *, diagonal):
+    return array_module(x).triu(x, diagonal)
+
+
+_tril.pullbacks(x=lambda grad, diagonal: _tril(grad, diagonal=diagonal))
+_triu.pullbacks(x=lambda grad, diagonal: _triu(grad, diagonal=diagonal))
+
+
+def _check_matrix(name: str, x: Any) -> None:
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name}: x must have at least two dims (x.ndim >= 2); got x.shape={tuple(x.shape)}"
+        )
+
+
+def tril(x: Any, diagonal: int = 0) -> Any:
+    """Return the last two dims' elements on and below a diagonal (0: the main one), zeros elsewhere."""
+    _check_matrix("tril", x)
+    return _tril(x, diagonal=diagonal)
+
+
+def triu(x: Any, diagonal: int = 0) -> Any:
+    """Return the last two dims' elements on and above a diagonal (0: the main one), zeros elsewhere."""
+    _check_matrix("triu", x)
+    return _triu(x, diagonal=diagonal)
+
+
+@operation(view=True)
+def _diagonal(x, *, offset, dim1, dim2):
+    return x.diagonal(offset, dim1, dim2)
+
+
+@operation
+def _diagonal_zeros(x, *, offset, dim1, dim2, shape):
+    """Return zeros of `shape` whose diagonal is x: the adjoint of `_diagonal`."""
+    xp = array_module(x)
+    out = xp.zeros(shape, x.dtype)
+    others = [dim for dim in range(len(shape)) if dim not in (dim1, dim2)]
+    places = xp.arange(x.shape[-1])
+    matrices = out.transpose(*others, dim1, dim2)
+    matrices[..., places + max(0, -offset), places + max(0, offset)] = x
+    return out
+
+
+_diagonal.pullbacks(
+    x=lambda grad, x_shape, offset, dim1, dim2: _diagonal_zeros(
+        grad, offset=offset, dim1=dim1, dim2=dim2, shape=x_shape
+    )
+)
+_diagonal_zeros.pullbacks(
+    x=lambda grad, offset, dim1, dim2: _diagonal(grad, offset=offset, dim1=dim1, dim2=dim2)
+)
+
+
+def diagonal(x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    """Return a read-only view of the diagonal of two dims of x, as the last dim.
+
+    `offset` counts upwards from the main diagonal. Raises ValueError if the two dims are one.
+    """
+    first, second = (
+        normalized_dim("diagonal", dim1, x.ndim),
+        normalized_dim("diagonal", dim2, x.ndim),
+    )
+    if first == second:
+        raise ValueError(
+            f"diagonal: dim1 and dim2 must differ; got dim1={dim1}, dim2={dim2}, ndim={x.ndim}"
+        )
+    return _diagonal(x, offset=offset, dim1=first, dim2=second)
+
+
+def diag(x: Any, diagonal: int = 0) -> Any:
+    """Return a square matrix with the vector x on a diagonal, or the diagonal of the matrix x."""
+    if x.ndim == 2:
+        return _diagonal(x, offset=diagonal, dim1=0, dim2=1)
+    if x.ndim != 1:
+        raise ValueError(f"diag: x must have one or two dims; got x.shape={tuple(x.shape)}")
+    size = x.shape[0] + abs(diagonal)
+    return _diagonal_zeros(x, offset=diagonal, dim1=0, dim2=1, shape=(size, size))
+
+
+# ---- padding -------------------------------------------------------------------------------------
+
+
+@operation(label="ConstantPadNdBackward0")
+def _pad(x, *, widths, value):
+    """Add (before, after) places to each dim, or take them away where a width is negative."""
+    shape = tuple(
+        size + before + after for size, (before, after) in zip(x.shape, widths, strict=True)
+    )
+    out = array_module(x).full_like(x, value, shape=shape)
+    kept = tuple(
+        slice(max(0, before), max(0, before) + size + min(0, before) + min(0, after))
+        for size, (before, after) in zip(x.shape, widths, strict=True)
+    )
+    source = tuple(
+        slice(max(0, -before), size + min(0, after))
+        for size, (before, after) in zip(x.shape, widths, strict=True)
+    )
+    out[kept] = x[source]
+    return out
+
+
+_pad.pullbacks(
+    x=lambda grad, widths: _pad(
+        grad, widths=tuple((-before, -after) for before, after in widths), value=0
+    )
+)
+
+
+def pad(x: Any, pad: Any, mode: str = "constant", value: float = 0.0) -> Any:
+    """Return x with places added at both ends of its last dims, or taken away by negative widths.
+
+    `pad` holds (before, after) for the last dim, then for the one before it, and so on. `mode` is
+    "constant" (filled with `value`), "reflect" (mirrored without the edge), "replicate" (the edge
+    repeated) or "circular". Raises ValueError for widths that x cannot give.
+    """
+    widths = _pad_widths(tuple(x.shape), tuple(pad))
+    if mode == "constant":
+        return _pad(x, widths=widths, value=value)
+    edges = _EDGES.get(mode)
+    if edges is None:
+        raise ValueError(
+            f'pad: mode must be "constant", "reflect", "replicate" or "circular"; got mode={mode!r}'
+        )
+    if any(before < 0 or after < 0 for before, after in widths):
+        cropped = tuple((min(0, before), min(0, after)) for before, after in widths)
+        x = _pad(x, widths=cropped, value=0)
+    for dim, (before, after) in enumerate(widths):
+        before, after = max(0, before), max(0, after)
+        if before or after:
+            _check_edges(mode, x.shape, dim, max(before, after))
+            first, last = edges(x, dim, before, after)
+            x = cat([first, x, last], dim=dim)
+    return x
+
+
+def _pad_widths(shape: tuple[int, ...], pad: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    if len(pad) % 2 or len(pad) > 2 * len(shape):
+        raise ValueError(
+            "pad: pad must hold two widths for each padded dim (len(pad) even, <= 2 * ndim); "
+            f"got pad={pad}, ndim={len(shape)}"
+        )
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
+    widths = ((0, 0),) * (len(shape) - len(pairs)) + tuple(pairs)
+    if any(size + before + after < 0 for size, (before, after) in zip(shape, widths, strict=True)):
+        raise ValueError(f"pad: no size may become negative; got pad={pad}, x.shape={shape}")
+    return widths
+
+
+def _check_edges(mode: str, shape: tuple[int, ...], dim: int, width: int) -> None:
+    largest = {"reflect": shape[dim] - 1, "circular": shape[dim]}.get(mode, width)
+    if shape[dim] == 0 or width > largest:
+        raise ValueError(
+            f"pad: mode {mode!r} can add at most {max(0, largest)} places to dim {dim}; "
+            f"got width={width}, x.shape={tuple(shape)}"
+        )
+
+
+def _reflected_edges(x: Any, dim: int, before: int, after: int) -> tuple[Any, Any]:
+    first = _narrow(x, dim, 1, before)
+    last = _narrow(x, dim, x.shape[dim] - 1 - after, after)
+    return _flip(first, dims=(dim,)), _flip(last, dims=(dim,))
+
+
+def _replicated_edges(x: Any, dim: int, before: int, after: int) -> tuple[Any, Any]:
+    head, tail = x.shape[:dim], x.shape[dim + 1 :]
+    first, last = _narrow(x, dim, 0, 1), _narrow(x, dim, x.shape[dim] - 1, 1)
+    return (
+        _broadcast_to(first, shape=(*head, before, *tail)),
+        _broadcast_to(last, shape=(*head, after, *tail)),
+    )
+
+
+def _circular_edges(x: Any, dim: int, before: int, after: int) -> tuple[Any, Any]:
+    return _narrow(x, dim, x.shape[dim] - before, before), _narrow(x, dim, 0, after)
+
+
+_EDGES = {
+    "reflect": _reflected_edges,
+    "replicate": _replicated_edges,
+    "circular": _circular_edges,
+}
+
+
+# ---- copies --------------------------------------------------------------------------------------
+
+
+@operation(label="CloneBackward0")
+def _copy(x, *, order):
+    return x.copy(order=order)
+
+
+_copy.pullbacks(x=lambda grad: grad)
+
+
+def clone(x: Any) -> Any:
+    """Return a differentiable copy of x, in the same memory layout."""
+    return _copy(x, order="K")
+
+
+def contiguous(x: Any) -> Any:
+    """Return x if its elements lie in memory in C order, else a copy in which they do."""
+    array = getattr(x, "array", x)
+    return x if array.flags.c_contiguous else _copy(x, order="C")

@@ -1,0 +1,500 @@
+"""The tape: nodes, the variable that carries them, and the walk that turns them into gradients.
+
+Every recorded operation leaves one `Node` on its result. A node holds one edge for each input: the input's
+own node, the pullback that maps the incoming gradient to that input's, and the values this pullback named.
+An input that needs no gradient has no edge, so nothing is kept and nothing is ever computed for it.
+
+The walk runs pullbacks on plain arrays. With `create_graph=True` it runs the same pullbacks on Tensors, which
+records them in turn: that is how one formula gives derivatives of any order.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+
+from gradengine import device as devices
+from gradengine.grad_mode import set_grad_enabled
+
+# One clock orders nodes and in-place writes alike: a saved value is stale if it was written after its node was made.
+tick = itertools.count(1).__next__
+
+Edge = Any  # None, or (parent node, pullback, saved values); a pullback of None says that the values were freed
+
+
+class Version:
+    """When a piece of memory was last written in place: one for a tensor, its views and its detached copies."""
+
+    __slots__ = ("stamp",)
+
+    def __init__(self) -> None:
+        self.stamp = 0
+
+
+class SavedOutput:
+    """An operation's own result, kept without its Tensor so that no reference cycle holds the memory."""
+
+    __slots__ = ("array", "version")
+
+    def __init__(self, array: Any, version: Version) -> None:
+        self.array = array
+        self.version = version
+
+
+class Node:
+    """One recorded operation, or the leaf into which a gradient accumulates."""
+
+    __slots__ = (
+        *("__weakref__", "dtype", "edges", "hooks", "index"),
+        *("label", "leaf", "retained_by", "shape"),
+    )
+
+    def __init__(self, label: str, shape: tuple[int, ...], dtype: Any) -> None:
+        self.label = label
+        self.shape = shape
+        self.dtype = dtype
+        self.edges: Sequence[Edge] = ()
+        self.hooks: dict[int, Callable[[Any], Any]] | None = None
+        self.leaf: weakref.ref[Variable] | None = None
+        self.retained_by: weakref.ref[Variable] | None = None
+        self.index = tick()
+
+    def name(self) -> str:
+        """Return the name that PyTorch would print, such as "SumBackward0"."""
+        return self.label
+
+    @property
+    def next_functions(self) -> tuple[tuple[Node | None, int], ...]:
+        """One pair (node or None, 0) for each input."""
+        return tuple((edge[0] if edge is not None else None, 0) for edge in self.edges)
+
+    @property
+    def variable(self) -> Any:
+        """The tensor whose `grad` an AccumulateGrad node adds to; None once that tensor is gone."""
+        if self.leaf is None:
+            raise AttributeError(f"variable: only an AccumulateGrad node has one; got {self.label}")
+        return self.leaf()
+
+    def release(self) -> None:
+        """Free the saved values. A node that saved nothing can be walked again, as in PyTorch."""
+        if any(edge is not None and edge[2] for edge in self.edges):
+            self.edges = [edge and (edge[0], None, ()) for edge in self.edges]
+
+    def __repr__(self) -> str:
+        return f"<{self.label}>"
+
+
+class RemovableHandle:
+    """What registering a hook returns: `remove()` takes the hook away, as does the end of a `with` block."""
+
+    _new_key = itertools.count().__next__
+
+    def __init__(self, hooks: dict[int, Any], hook: Any) -> None:
+        self._hooks = hooks
+        self._key = RemovableHandle._new_key()
+        hooks[self._key] = hook
+
+    def remove(self) -> None:
+        """Take the hook away; a second call does nothing."""
+        self._hooks.pop(self._key, None)
+
+    def __enter__(self) -> RemovableHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class Variable:
+    """An array with its place on the tape. `Tensor` adds everything that is arithmetic."""
+
+    __slots__ = ("__weakref__", "_base", "_grad", "_version", "array", "node")
+
+    Result: ClassVar[type[Any]]  # the class of every operation's result; `tensor.py` sets it
+
+    def __init__(self, array: Any, node: Node | None = None) -> None:
+        if type(array) is not np.ndarray and isinstance(array, np.generic):
+            array = np.asarray(array)  # NumPy's reductions and 0-d arithmetic give scalars
+        self.array = array
+        self.node = node
+        self._grad: Any = None
+        self._version: Version | None = None
+        self._base: Variable | None = None
+
+    # -- flags
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether backward computes a gradient for this tensor or passes one through it."""
+        return self.node is not None
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if not self.is_leaf:
+            if not value:
+                raise RuntimeError(
+                    "requires_grad: you can only change requires_grad flags of leaf variables; "
+                    "use tensor.detach() for a tensor that is not part of the graph"
+                )
+        elif not value:
+            self.node = None
+        elif self.node is None:
+            if self.array.dtype.kind != "f":
+                raise RuntimeError(
+                    "requires_grad: only Tensors of floating point dtype can require gradients; "
+                    f"got dtype={self.array.dtype}"
+                )
+            self.node = Node("AccumulateGrad", self.array.shape, self.array.dtype)
+            self.node.leaf = weakref.ref(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Set `requires_grad` in place and return this tensor."""
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether no recorded operation made this tensor."""
+        return self.node is None or self.node.leaf is not None
+
+    @property
+    def grad_fn(self) -> Node | None:
+        """The node of the operation that made this tensor; None for a leaf."""
+        return None if self.is_leaf else self.node
+
+    # -- gradients
+
+    @property
+    def grad(self) -> Any:
+        """The accumulated gradient: a tensor of this shape, dtype and device, or None."""
+        if self._grad is None and not self.is_leaf and not self.retains_grad:
+            warnings.warn(
+                "grad: this tensor is not a leaf, so its gradient was not kept; call "
+                "retain_grad() on it before backward(), or read the leaf's grad instead",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if value is not None:
+            if not isinstance(value, Variable):
+                raise TypeError(
+                    f"grad: assigned grad expected to be a Tensor or None; got {type(value).__name__}"
+                )
+            if value.array.shape != self.array.shape:
+                raise RuntimeError(
+                    "grad: attempting to assign a gradient of size that is not the tensor's; "
+                    f"got grad.shape={value.array.shape}, tensor.shape={self.array.shape}"
+                )
+            if value.array.dtype != self.array.dtype:
+                raise RuntimeError(
+                    "grad: attempting to assign a gradient of dtype that is not the tensor's; "
+                    f"got grad.dtype={value.array.dtype}, tensor.dtype={self.array.dtype}"
+                )
+            devices.check_same_device("grad", value.array, self.array)
+        self._grad = value
+
+    @property
+    def retains_grad(self) -> bool:
+        """Whether `retain_grad()` was called on this non-leaf tensor."""
+        return not self.is_leaf and self.node.retained_by is not None  # type: ignore[union-attr]
+
+    def retain_grad(self) -> None:
+        """Keep this non-leaf tensor's gradient in `grad`; nothing to do for a leaf."""
+        if self.node is None:
+            raise RuntimeError(
+                "retain_grad: can't retain_grad on a Tensor that has requires_grad=False"
+            )
+        if self.node.leaf is None:
+            self.node.retained_by = weakref.ref(self)
+
+    def register_hook(self, hook: Callable[[Any], Any]) -> RemovableHandle:
+        """Call `hook(grad)` when this tensor's gradient is complete; a tensor it returns takes its place."""
+        if self.node is None:
+            raise RuntimeError(
+                "register_hook: cannot register a hook on a tensor that doesn't require gradient"
+            )
+        if self.node.hooks is None:
+            self.node.hooks = {}
+        return RemovableHandle(self.node.hooks, hook)
+
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """Add the gradient of this tensor to `grad` of every leaf that it depends on.
+
+        `gradient` has this tensor's shape and weighs its elements; only a tensor of one element can do without.
+        `retain_graph` keeps the saved values for another pass (default: as `create_graph`), `create_graph`
+        records the pass itself for higher derivatives, and `inputs` (a tensor or several) confines accumulation
+        to these. Raises RuntimeError where nothing requires a gradient or the graph was freed.
+        """
+        accumulate_gradients((self,), (gradient,), retain_graph, create_graph, inputs)
+
+    def detach(self) -> Any:
+        """Return a tensor of the same memory that is not on the tape."""
+        result = Variable.Result(self.array)
+        result._version = self.version()
+        return result
+
+    # -- in-place bookkeeping
+
+    def version(self) -> Version:
+        """Return the version record of this memory, made when it is first asked for."""
+        if self._version is None:
+            self._version = Version()
+        return self._version
+
+    def written(self) -> None:
+        """Note that the memory was just written: values saved by earlier nodes are stale from now on."""
+        self.version().stamp = tick()
+
+
+# ---- the walk -------------------------------------------------------------------------------------------------------
+
+
+def accumulate_gradients(
+    tensors: Sequence[Any],
+    gradients: Sequence[Any],
+    retain_graph: bool | None,
+    create_graph: bool,
+    inputs: Any = None,
+) -> None:
+    """Walk back from `tensors` and add to `grad` of the leaves, or of `inputs` alone where they are given."""
+    seeds = _seeds(tensors, gradients, create_graph)
+    if inputs is None:
+        _walk(seeds, retain_graph, create_graph, None)
+        return
+    targets = [inputs] if isinstance(inputs, Variable) else list(inputs)
+    if not targets:
+        raise RuntimeError("backward: inputs argument to backward() cannot be empty")
+    captured = _walk(seeds, retain_graph, create_graph, _nodes_of(targets, "backward"))
+    for target in targets:
+        if target.node in captured:
+            _accumulate(target, captured.pop(target.node), create_graph)
+
+
+def gradients_of(
+    outputs: Sequence[Any],
+    inputs: Sequence[Any],
+    gradients: Sequence[Any],
+    retain_graph: bool | None,
+    create_graph: bool,
+) -> list[Any]:
+    """Return the gradient of `outputs` by each of `inputs` (None where unused); no `grad` is touched."""
+    targets = _nodes_of(inputs, "grad")
+    captured = _walk(_seeds(outputs, gradients, create_graph), retain_graph, create_graph, targets)
+    found = [captured.get(x.node) for x in inputs]
+    return [g if g is None or isinstance(g, Variable) else Variable.Result(g) for g in found]
+
+
+def _nodes_of(inputs: Iterable[Any], name: str) -> set[Node]:
+    nodes = {x.node for x in inputs}
+    if None in nodes:
+        raise RuntimeError(f"{name}: one of the differentiated Tensors does not require grad")
+    return nodes
+
+
+def _seeds(tensors: Sequence[Any], gradients: Sequence[Any], create_graph: bool) -> dict[Node, Any]:
+    """Return the incoming gradient of each root node, as Tensors if the walk is to be recorded."""
+    seeds: dict[Node, Any] = {}
+    for position, (tensor, gradient) in enumerate(zip(tensors, gradients, strict=True)):
+        if tensor.node is None:
+            raise RuntimeError(
+                f"backward: element {position} of tensors does not require grad and does not have a grad_fn"
+            )
+        array = tensor.array
+        if gradient is None:
+            if array.size != 1:
+                raise RuntimeError(
+                    "backward: grad can be implicitly created only for scalar outputs; "
+                    f"got shape={array.shape}, pass gradient="
+                )
+            seed = devices.array_module(array).ones_like(array)
+        else:
+            seed = gradient.array if isinstance(gradient, Variable) else gradient
+            if getattr(seed, "shape", None) != array.shape:
+                raise RuntimeError(
+                    f"backward: Mismatch in shape: grad_output[{position}] has a shape of "
+                    f"{getattr(seed, 'shape', None)} and output[{position}] has a shape of {array.shape}"
+                )
+            seed = seed.astype(array.dtype, copy=False)
+        if create_graph:
+            recorded = isinstance(gradient, Variable) and gradient.array is seed
+            seed = gradient if recorded else Variable.Result(seed)
+        seeds[tensor.node] = seeds[tensor.node] + seed if tensor.node in seeds else seed
+    return seeds
+
+
+def _walk(
+    gradients: dict[Node, Any],
+    retain_graph: bool | None,
+    create_graph: bool,
+    targets: set[Node] | None,
+) -> dict[Node, Any]:
+    """Run pullbacks newest node first. With `targets`, run what leads to them only and return their gradients."""
+    release = not (create_graph if retain_graph is None else retain_graph)
+    needed = None if targets is None else _leading_to(targets, gradients)
+    captured: dict[Node, Any] = {}
+    heap = [(-node.index, node) for node in gradients]
+    heapq.heapify(heap)
+    with set_grad_enabled(create_graph):
+        while heap:
+            node = heapq.heappop(heap)[1]
+            grad = gradients.pop(node)
+            if node.hooks or node.retained_by is not None:
+                grad = _run_hooks(node, grad)
+            if targets is not None and node in targets:
+                captured[node] = grad
+            if node.leaf is not None:
+                leaf = node.leaf()
+                if targets is None and leaf is not None:
+                    _accumulate(leaf, grad, create_graph)
+                continue
+            _pull(node, grad, gradients, heap, needed, create_graph)
+            if release:
+                node.release()
+    return captured
+
+
+def _pull(
+    node: Node,
+    grad: Any,
+    gradients: dict[Node, Any],
+    heap: list[tuple[int, Node]],
+    needed: set[Node] | None,
+    create_graph: bool,
+) -> None:
+    """Run a node's pullbacks on its complete gradient and add each share to the parent's."""
+    for edge in node.edges:
+        if edge is None or (needed is not None and edge[0] not in needed):
+            continue
+        parent, pullback, saved = edge
+        if pullback is None:
+            _refuse_freed(node)
+        share = pullback(grad, *_unpack(node, saved, create_graph)) if saved else pullback(grad)
+        if share.shape != parent.shape or share.dtype != parent.dtype:
+            _refuse_share(node, share, parent)
+        if parent in gradients:
+            gradients[parent] = gradients[parent] + share
+        else:
+            gradients[parent] = share
+            heapq.heappush(heap, (-parent.index, parent))
+
+
+def _leading_to(targets: set[Node], roots: Iterable[Node]) -> set[Node]:
+    """Return the nodes on some path from `roots` to `targets`, both included."""
+    seen, stack = set(roots), list(roots)
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                stack.append(edge[0])
+    needed = set(targets)
+    for node in sorted(seen, key=lambda node: node.index):
+        if any(edge is not None and edge[0] in needed for edge in node.edges):
+            needed.add(node)
+    return needed
+
+
+def _unpack(node: Node, saved: tuple[Any, ...], create_graph: bool) -> list[Any]:
+    """Return what a pullback named, as arrays or as Tensors, after checking that none was written since."""
+    values = []
+    for value in saved:
+        if isinstance(value, Variable):
+            if value._version is not None and value._version.stamp > node.index:
+                _refuse_stale(node, value.array)
+            values.append(value if create_graph else value.array)
+        elif isinstance(value, SavedOutput):
+            if value.version.stamp > node.index:
+                _refuse_stale(node, value.array)
+            values.append(Variable.Result(value.array, node) if create_graph else value.array)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Variable):
+            values.append(tuple(_unpack(node, value, create_graph)))
+        else:
+            values.append(value)
+    return values
+
+
+def _run_hooks(node: Node, grad: Any) -> Any:
+    """Run the tensor hooks in order of registration, then keep the gradient where `retain_grad` asked for it."""
+    tensor = grad if isinstance(grad, Variable) else Variable.Result(grad)
+    for hook in list((node.hooks or {}).values()):
+        replacement = hook(tensor)
+        if replacement is None:
+            continue
+        name = getattr(hook, "__name__", repr(hook))
+        if not isinstance(replacement, Variable):
+            raise TypeError(
+                f"hook '{name}' must return a Tensor or None; got {type(replacement).__name__}"
+            )
+        if replacement.array.shape != node.shape:
+            raise RuntimeError(
+                f"hook '{name}' has changed the size of value; got {replacement.array.shape}, "
+                f"expected {node.shape}"
+            )
+        tensor = replacement
+    holder = node.retained_by() if node.retained_by is not None else None
+    if holder is not None:
+        holder._grad = tensor
+    return tensor if isinstance(grad, Variable) else tensor.array
+
+
+def _accumulate(tensor: Variable, grad: Any, create_graph: bool) -> None:
+    """Add `grad` to `tensor.grad`: in place into the same object, except where the sum itself is recorded."""
+    previous = tensor._grad
+    if isinstance(grad, Variable):
+        tensor._grad = grad if previous is None else previous + grad
+    elif previous is None:
+        # 4: the walk's variable, this function's argument, the getrefcount argument, and the caller's stack
+        tensor._grad = Variable.Result(grad if _is_sole_owner(grad, 5) else grad.copy())
+    elif previous.requires_grad or create_graph:
+        tensor._grad = previous.detach() + grad
+    else:
+        previous.array += grad
+        previous.written()
+
+
+def _is_sole_owner(array: Any, references: int) -> bool:
+    """Whether nobody else can see this array's memory, so that it may become a `grad` without a copy."""
+    base = array.base if isinstance(array, np.ndarray) else getattr(array, "base", None)
+    if base is not None and (
+        getattr(base, "size", -1) != array.size
+        or getattr(base, "base", None) is not None
+        or sys.getrefcount(base) > 3
+    ):
+        return False
+    return sys.getrefcount(array) <= references
+
+
+def _refuse_freed(node: Node) -> NoReturn:
+    raise RuntimeError(
+        f"{node.label}: Trying to backward through the graph a second time, after its saved values were freed; "
+        "pass retain_graph=True to the first backward() or grad()"
+    )
+
+
+def _refuse_share(node: Node, share: Any, parent: Node) -> NoReturn:
+    raise RuntimeError(
+        f"{node.label}: a pullback must return its input's shape and dtype; got shape={tuple(share.shape)}, "
+        f"dtype={share.dtype}, expected shape={parent.shape}, dtype={parent.dtype}"
+    )
+
+
+def _refuse_stale(node: Node, array: Any) -> NoReturn:
+    raise RuntimeError(
+        f"{node.label}: one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation; got a tensor of shape={array.shape}, dtype={array.dtype}, written after it was saved"
+    )

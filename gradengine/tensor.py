@@ -1,0 +1,535 @@
+"""Tensor: an array with operators, methods and a place on the tape; Parameter: a module's tensor.
+
+Every method that computes is an operation's public function, put under its name: `Tensor.exp` is
+`gradengine.exp`. What stands written out here is about the tensor itself.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gradengine import device as devices
+from gradengine import dtypes
+from gradengine.grad_mode import grad_mode
+from gradengine.ops import activation, conversion, elementwise, indexing, reduction, sorting
+from gradengine.ops import (
+    matmul as products,
+)  # a class body that defines `matmul` and `shape` cannot
+from gradengine.ops import shape as shaping  # also name the modules so
+from gradengine.printing import tensor_repr
+from gradengine.tape import Variable, tick
+
+
+def _reflected(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: operation(other, self)
+
+
+def _spread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method whose sizes or dims may be spelled out as well as given in one tuple."""
+
+    @functools.wraps(function)
+    def method(self: Tensor, *sizes: Any) -> Any:
+        return function(
+            self, sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        )
+
+    return method
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method that writes `function`'s result into the tensor's memory."""
+
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._write(function(self, *args, **kwargs))
+
+    method.__name__ = f"{function.__name__}_"
+    method.__doc__ = f"Do `{function.__name__}` in place: the result must have this tensor's shape."
+    return method
+
+
+class Tensor(Variable):
+    """A NumPy or CuPy array that can be differentiated.
+
+    `Tensor(array)` wraps without a copy; `gradengine.tensor(data)` copies and chooses dtype and device.
+    """
+
+    __slots__ = ()
+    __array_ufunc__ = None  # so that ndarray + Tensor asks Tensor.__radd__
+    __array_priority__ = 1000  # likewise for CuPy
+
+    # -- what it is
+
+    @property
+    def shape(self) -> tuple[builtins.int, ...]:
+        """The size of each axis."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the elements, as a NumPy dtype."""
+        return self.array.dtype
+
+    @property
+    def device(self) -> devices.Device:
+        """Where the array lives."""
+        return devices.device_of(self.array)
+
+    @property
+    def ndim(self) -> builtins.int:
+        """The number of axes."""
+        return self.array.ndim
+
+    @property
+    def is_cuda(self) -> builtins.bool:
+        """Whether the array lives on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def itemsize(self) -> builtins.int:
+        """The size of one element, in bytes."""
+        return self.array.itemsize
+
+    @property
+    def nbytes(self) -> builtins.int:
+        """The size of all elements, in bytes."""
+        return self.array.nbytes
+
+    @property
+    def data(self) -> Tensor:
+        """This memory without the tape. A write through it is noticed, unlike through PyTorch's `.data`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape and not self.is_leaf:
+            raise RuntimeError(
+                "data: only a leaf may change its shape; "
+                f"got data.shape={value.shape}, tensor.shape={self.shape}"
+            )
+        self.array = value.array
+        self._version = value.version()
+        if self.node is not None and self.node.leaf is not None:
+            self.node.shape, self.node.dtype = self.shape, self.dtype
+        self.written()
+
+    @property
+    def T(self) -> Any:
+        """All axes reversed, as a view."""
+        return shaping.permute(self, tuple(range(self.ndim))[::-1])
+
+    @property
+    def mT(self) -> Any:
+        """The last two axes swapped, as a view."""
+        return shaping.transpose(self, -2, -1)
+
+    def size(self, dim: builtins.int | None = None) -> Any:
+        """Return the shape, or the size of axis `dim`."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def stride(self, dim: builtins.int | None = None) -> Any:
+        """Return the steps in memory along each axis, or along `dim`, in elements."""
+        strides = tuple(step // self.itemsize for step in self.array.strides)
+        return strides if dim is None else strides[dim]
+
+    def dim(self) -> builtins.int:
+        """Return the number of axes."""
+        return self.array.ndim
+
+    def numel(self) -> builtins.int:
+        """Return the number of elements."""
+        return self.array.size
+
+    def element_size(self) -> builtins.int:
+        """Return the size of one element, in bytes."""
+        return self.array.itemsize
+
+    def is_contiguous(self) -> builtins.bool:
+        """Return whether the elements lie in memory in C order."""
+        return builtins.bool(self.array.flags.c_contiguous)
+
+    def is_floating_point(self) -> builtins.bool:
+        """Return whether the dtype is a float."""
+        return self.array.dtype.kind == "f"
+
+    # -- out of the engine
+
+    def numpy(self) -> np.ndarray:
+        """Return the NumPy array underneath, sharing memory.
+
+        Raises RuntimeError if this tensor requires grad, TypeError if it lives on a GPU.
+        """
+        if self.requires_grad:
+            raise RuntimeError(
+                "numpy: can't call numpy() on Tensor that requires grad, since its gradient would be lost; "
+                "use tensor.detach().numpy()"
+            )
+        if self.is_cuda:
+            raise TypeError(
+                f"numpy: can't convert a tensor on {self.device} to numpy; use tensor.cpu() first"
+            )
+        return self.array
+
+    def __array__(self, dtype: Any = None, copy: builtins.bool | None = None) -> np.ndarray:
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if not self.is_cuda:
+            raise AttributeError(f"__cuda_array_interface__: this tensor lives on {self.device}")
+        if self.requires_grad:
+            raise RuntimeError(
+                "__cuda_array_interface__: can't export a Tensor that requires grad; use tensor.detach()"
+            )
+        return self.array.__cuda_array_interface__
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.requires_grad:
+            raise BufferError(
+                "__dlpack__: can't export tensors that require gradient, use tensor.detach()"
+            )
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[builtins.int, int]:
+        return self.array.__dlpack_device__()
+
+    def item(self) -> Any:
+        """Return the only element as a Python number. Waits for the GPU. Raises RuntimeError for more or none."""
+        if self.array.size != 1:
+            raise RuntimeError(
+                f"item: a Tensor with {self.array.size} elements cannot be converted to Scalar"
+            )
+        return self.array.item()
+
+    def tolist(self) -> Any:
+        """Return the elements as nested lists of Python numbers. Waits for the GPU."""
+        return self.array.tolist()
+
+    def __bool__(self) -> builtins.bool:
+        if self.array.size != 1:
+            raise RuntimeError(
+                f"bool: Boolean value of Tensor with {self.array.size} elements is ambiguous; use any() or all()"
+            )
+        return builtins.bool(self.array.item())
+
+    def __float__(self) -> builtins.float:
+        return builtins.float(self.item())
+
+    def __int__(self) -> builtins.int:
+        return builtins.int(self.item())
+
+    def __index__(self) -> builtins.int:
+        if self.array.dtype.kind not in "iu":
+            raise TypeError(f"index: only integer tensors can be an index; got dtype={self.dtype}")
+        return self.item()
+
+    def __format__(self, specification: str) -> str:
+        return format(self.item() if self.ndim == 0 else str(self), specification)
+
+    def __len__(self) -> builtins.int:
+        if self.ndim == 0:
+            raise TypeError("len: len() of a 0-d tensor")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.ndim == 0:
+            raise TypeError("iter: iteration over a 0-d tensor")
+        return iter(shaping.unbind(self))
+
+    def __contains__(self, value: Any) -> builtins.bool:
+        return builtins.bool((self.array == conversion.array_of(value)).any())
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> Any:
+        comparable = isinstance(other, Variable | builtins.int | builtins.float) or hasattr(
+            other, "dtype"
+        )
+        return elementwise.eq(self, other) if comparable else NotImplemented
+
+    def __ne__(self, other: object) -> Any:
+        comparable = isinstance(other, Variable | builtins.int | builtins.float) or hasattr(
+            other, "dtype"
+        )
+        return elementwise.ne(self, other) if comparable else NotImplemented
+
+    def __repr__(self) -> str:
+        return tensor_repr(self.array, requires_grad=self.requires_grad, grad_fn=self.grad_fn)
+
+    def __deepcopy__(self, memo: dict[builtins.int, Any]) -> Any:
+        if not self.is_leaf:
+            raise RuntimeError(
+                "deepcopy: only Tensors created explicitly by the user (graph leaves) can be copied; "
+                "use tensor.detach() or tensor.clone()"
+            )
+        duplicate = type(self).__new__(type(self))
+        Variable.__init__(duplicate, self.array.copy(order="K"))
+        memo[id(self)] = duplicate
+        duplicate.requires_grad = self.requires_grad
+        duplicate._grad = copy.deepcopy(self._grad, memo)
+        return duplicate
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.is_leaf:
+            raise RuntimeError("pickle: only graph leaves can be pickled; use tensor.detach()")
+        return _rebuild, (type(self), self.array, self.requires_grad)
+
+    # -- dtype and device
+
+    def to(
+        self, *args: Any, dtype: Any = None, device: Any = None, copy: builtins.bool = False
+    ) -> Tensor:
+        """Return this tensor with another dtype, on another device, or as another tensor has them.
+
+        Takes `to(device)`, `to(dtype)`, `to(device, dtype)` or `to(other)`. Returns self if nothing changes,
+        unless `copy`; otherwise a differentiable copy.
+        """
+        for argument in args:
+            if isinstance(argument, Variable):
+                device, dtype = devices.device_of(argument.array), argument.array.dtype
+            elif _names_device(argument):
+                device = argument
+            else:
+                dtype = argument
+        result = self
+        if device is not None:
+            result = conversion.to_device(result, device)
+        if dtype is not None:
+            result = conversion.to_dtype(result, dtype)
+        return shaping.clone(self) if result is self and copy else result
+
+    def cpu(self) -> Tensor:
+        """Return this tensor on the CPU."""
+        return conversion.to_device(self, "cpu")
+
+    def cuda(self, device: Any = "cuda") -> Tensor:
+        """Return this tensor on a GPU. Raises RuntimeError that says why if there is none."""
+        return conversion.to_device(self, device)
+
+    def type_as(self, other: Tensor) -> Tensor:
+        """Return this tensor with `other`'s dtype."""
+        return conversion.to_dtype(self, other.dtype)
+
+    def float(self) -> Tensor:
+        """Return this tensor as float32."""
+        return conversion.to_dtype(self, dtypes.float32)
+
+    def double(self) -> Tensor:
+        """Return this tensor as float64."""
+        return conversion.to_dtype(self, dtypes.float64)
+
+    def half(self) -> Tensor:
+        """Return this tensor as float16."""
+        return conversion.to_dtype(self, dtypes.float16)
+
+    def long(self) -> Tensor:
+        """Return this tensor as int64."""
+        return conversion.to_dtype(self, dtypes.int64)
+
+    def int(self) -> Tensor:
+        """Return this tensor as int32."""
+        return conversion.to_dtype(self, dtypes.int32)
+
+    def bool(self) -> Tensor:
+        """Return this tensor as bool."""
+        return conversion.to_dtype(self, dtypes.bool_)
+
+    # -- in place
+
+    def _write(self, result: Any) -> Any:
+        """Put a result that was computed from this tensor into its memory, and take over its place on the tape."""
+        recorded = grad_mode.enabled and (self.requires_grad or result.requires_grad)
+        if recorded:
+            self._check_recorded_write()
+        if result.shape != self.shape:
+            raise RuntimeError(
+                "in-place: output with shape of the tensor doesn't match the broadcast shape; "
+                f"got tensor.shape={self.shape}, result.shape={result.shape}"
+            )
+        if dtypes.result_type(result, self) != self.dtype and result.dtype.kind > self.dtype.kind:
+            raise RuntimeError(
+                "in-place: result dtype can't be cast to the tensor's; "
+                f"got result.dtype={result.dtype}, tensor.dtype={self.dtype}"
+            )
+        result = conversion.to_dtype(result, self.dtype)
+        self.array[...] = result.array
+        if recorded:
+            self.node = result.node
+        self._stamp()
+        return self
+
+    def _check_recorded_write(self) -> None:
+        if self.is_leaf and self.requires_grad:
+            raise RuntimeError(
+                "in-place: a leaf Variable that requires grad is being used in an in-place operation; "
+                "do it under no_grad(), or on a clone()"
+            )
+        if self._base is not None:
+            raise RuntimeError(
+                "in-place: writing to a view that is part of the graph is not supported; "
+                "write to the tensor that it is a view of, or to a clone()"
+            )
+
+    def _stamp(self) -> None:
+        """Note the write; this tensor's own node is made after it and so is not stale."""
+        recorded = self.node is not None and self.node.leaf is None and grad_mode.enabled
+        self.version().stamp = self.node.index if recorded else tick()  # type: ignore[union-attr]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        value_requires_grad = isinstance(value, Variable) and value.requires_grad
+        if grad_mode.enabled and (self.requires_grad or value_requires_grad):
+            self._check_recorded_write()
+            self._write(indexing.setitem(self, index, value))
+        else:
+            indexing.setitem_in_place(self.array, index, conversion.array_of(value))
+            self._stamp()
+
+    def copy_(self, source: Any) -> Tensor:
+        """Overwrite with `source`, broadcast and converted to this shape, dtype and device."""
+        return self._write(conversion.overwrite(self, source))
+
+    def fill_(self, value: Any) -> Tensor:
+        """Overwrite every element with `value`."""
+        return self.copy_(value)
+
+    def zero_(self) -> Tensor:
+        """Overwrite every element with 0."""
+        return self.copy_(0)
+
+    def detach_(self) -> Tensor:
+        """Take this tensor off the tape."""
+        self.node = None
+        return self
+
+    # -- operations as methods
+
+    __add__ = __radd__ = add = elementwise.add
+    __sub__ = sub = elementwise.sub
+    __rsub__ = elementwise.rsub
+    __mul__ = __rmul__ = mul = elementwise.mul
+    __truediv__ = div = elementwise.div
+    __rtruediv__ = _reflected(elementwise.div)
+    __floordiv__ = floor_divide = elementwise.floor_divide
+    __rfloordiv__ = _reflected(elementwise.floor_divide)
+    __mod__ = remainder = elementwise.remainder
+    __rmod__ = _reflected(elementwise.remainder)
+    __pow__ = pow = elementwise.pow
+    __rpow__ = _reflected(elementwise.pow)
+    __matmul__ = matmul = products.matmul
+    __rmatmul__ = _reflected(products.matmul)
+    __neg__ = neg = elementwise.neg
+    __abs__ = abs = absolute = elementwise.abs
+    __invert__ = bitwise_not = elementwise.bitwise_not
+    __and__ = __rand__ = bitwise_and = elementwise.bitwise_and
+    __or__ = __ror__ = bitwise_or = elementwise.bitwise_or
+    __xor__ = __rxor__ = bitwise_xor = elementwise.bitwise_xor
+    __lt__ = lt = elementwise.lt
+    __le__ = le = elementwise.le
+    __gt__ = gt = elementwise.gt
+    __ge__ = ge = elementwise.ge
+    __getitem__ = indexing.getitem
+
+    eq, ne, equal = elementwise.eq, elementwise.ne, elementwise.equal
+    isclose, allclose = elementwise.isclose, elementwise.allclose
+    isnan, isinf, isfinite = elementwise.isnan, elementwise.isinf, elementwise.isfinite
+    logical_and, logical_or = elementwise.logical_and, elementwise.logical_or
+    logical_xor, logical_not = elementwise.logical_xor, elementwise.logical_not
+    exp, expm1, log, log1p = elementwise.exp, elementwise.expm1, elementwise.log, elementwise.log1p
+    log2, log10, erf, sigmoid = (
+        elementwise.log2,
+        elementwise.log10,
+        elementwise.erf,
+        elementwise.sigmoid,
+    )
+    sqrt, rsqrt, square = elementwise.sqrt, elementwise.rsqrt, elementwise.square
+    reciprocal, sign = elementwise.reciprocal, elementwise.sign
+    sin, cos, tan, tanh = elementwise.sin, elementwise.cos, elementwise.tan, elementwise.tanh
+    floor, ceil, round, trunc = (
+        elementwise.floor,
+        elementwise.ceil,
+        elementwise.round,
+        elementwise.trunc,
+    )
+    maximum, minimum = elementwise.maximum, elementwise.minimum
+    clamp, clip = elementwise.clamp, elementwise.clamp
+
+    sum, mean, var, std = reduction.sum, reduction.mean, reduction.var, reduction.std
+    max, min, amax, amin = reduction.max, reduction.min, reduction.amax, reduction.amin
+    prod, cumsum, norm = reduction.prod, reduction.cumsum, reduction.norm
+    argmax, argmin, logsumexp = reduction.argmax, reduction.argmin, reduction.logsumexp
+    any, all, count_nonzero = reduction.any, reduction.all, reduction.count_nonzero
+
+    dot, outer, mm, bmm, mv = products.dot, products.outer, products.mm, products.bmm, products.mv
+    relu, softmax, log_softmax = activation.relu, activation.softmax, activation.log_softmax
+
+    reshape, view, permute = (_spread(f) for f in (shaping.reshape, shaping.view, shaping.permute))
+    expand, repeat, tile = (_spread(f) for f in (shaping.expand, shaping.repeat, shaping.tile))
+    flip = _spread(shaping.flip)
+    flatten, unflatten, ravel = shaping.flatten, shaping.unflatten, shaping.ravel
+    squeeze, unsqueeze, broadcast_to = shaping.squeeze, shaping.unsqueeze, shaping.broadcast_to
+    transpose, swapaxes, movedim, t = (
+        shaping.transpose,
+        shaping.transpose,
+        shaping.movedim,
+        shaping.t,
+    )
+    split, chunk, unbind, narrow = shaping.split, shaping.chunk, shaping.unbind, shaping.narrow
+    roll, tril, triu, diagonal = shaping.roll, shaping.tril, shaping.triu, shaping.diagonal
+    clone, contiguous = shaping.clone, shaping.contiguous
+
+    gather, scatter, scatter_add = indexing.gather, indexing.scatter, indexing.scatter_add
+    index_select, index_add = indexing.index_select, indexing.index_add
+    take_along_dim, masked_fill = indexing.take_along_dim, indexing.masked_fill
+    masked_select, nonzero = indexing.masked_select, indexing.nonzero
+    sort, argsort, topk = sorting.sort, sorting.argsort, sorting.topk
+
+    __iadd__ = add_ = _in_place(elementwise.add)
+    __isub__ = sub_ = _in_place(elementwise.sub)
+    __imul__ = mul_ = _in_place(elementwise.mul)
+    __itruediv__ = div_ = _in_place(elementwise.div)
+    __ifloordiv__ = floor_divide_ = _in_place(elementwise.floor_divide)
+    __ipow__ = pow_ = _in_place(elementwise.pow)
+    __iand__ = bitwise_and_ = _in_place(elementwise.bitwise_and)
+    __ior__ = bitwise_or_ = _in_place(elementwise.bitwise_or)
+    __ixor__ = bitwise_xor_ = _in_place(elementwise.bitwise_xor)
+    neg_, abs_, clamp_ = (
+        _in_place(f) for f in (elementwise.neg, elementwise.abs, elementwise.clamp)
+    )
+    exp_, log_, sqrt_ = (_in_place(f) for f in (elementwise.exp, elementwise.log, elementwise.sqrt))
+    tanh_, sigmoid_ = _in_place(elementwise.tanh), _in_place(elementwise.sigmoid)
+    relu_, masked_fill_ = _in_place(activation.relu), _in_place(indexing.masked_fill)
+    scatter_, scatter_add_ = _in_place(indexing.scatter), _in_place(indexing.scatter_add)
+
+
+def _names_device(argument: Any) -> bool:
+    if isinstance(argument, devices.Device):
+        return True
+    return isinstance(argument, str) and argument.partition(":")[0] in ("cpu", "cuda")
+
+
+def _rebuild(cls: type[Any], array: Any, requires_grad: bool) -> Any:
+    tensor = cls.__new__(cls)
+    Variable.__init__(tensor, array)
+    tensor.requires_grad = requires_grad
+    return tensor
+
+
+Variable.Result = Tensor
+
+
+class Parameter(Tensor):
+    """A tensor that a Module counts among its parameters; it requires grad unless told otherwise."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Any, requires_grad: bool = True) -> None:
+        super().__init__(conversion.array_of(data))
+        self.requires_grad = requires_grad
+
+    def __repr__(self) -> str:
+        return "Parameter containing:\n" + super().__repr__()
