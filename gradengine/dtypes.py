@@ -57,13 +57,24 @@ def result_type(*values: Any) -> np.dtype[Any]:
     ranked: list[Any] = [None, None, None]
     for value in values:
         dtype, rank = _dtype_and_rank(value)
-        ranked[rank] = dtype if ranked[rank] is None else np.promote_types(ranked[rank], dtype)
+        ranked[rank] = dtype if ranked[rank] is None else _promote(ranked[rank], dtype)
     found = [dtype for dtype in ranked if dtype is not None]
     result = found[0]
     for dtype in found[1:]:
-        if _CATEGORY[dtype.kind] > _CATEGORY[result.kind]:
+        if not can_hold(result, dtype):
             result = dtype
     return result
+
+
+def can_hold(target: np.dtype[Any], source: np.dtype[Any]) -> bool:
+    """Return whether values of `source` may be written into `target`: its category is not a higher one."""
+    return _CATEGORY[source.kind] <= _CATEGORY[target.kind]
+
+
+def _promote(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
+    if _CATEGORY[first.kind] == _CATEGORY[second.kind]:
+        return np.promote_types(first, second)
+    return first if can_hold(first, second) else second
 
 
 def _dtype_and_rank(value: Any) -> tuple[np.dtype[Any], int]:

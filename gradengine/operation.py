@@ -396,14 +396,14 @@ def _call(op: Operation, arrays: Sequence[Any], attributes: dict[str, Any]) -> A
 
 def _share_memory(source: Any, result: Any) -> None:
     """Let a view and its source share one version record, so that a write to either is seen by both."""
-    base = result.array.base
-    if (
-        base is not None
-        and (base is source.array or base is source.array.base)
-        or result.array is source.array
-    ):
+    array, base = result.array, result.array.base
+    if array is source.array or (base is not None and _is_any(base, source.array, source.array.base)):
         result._version = source.version()
-        result._base = source._base or source
+        result._base = source if source._base is None else source._base
+
+
+def _is_any(array: Any, *others: Any) -> bool:
+    return any(array is other for other in others)
 
 
 def _check_view(name: str, x: Any) -> None:

@@ -83,12 +83,21 @@ class Node:
         return self.leaf()
 
     def release(self) -> None:
-        """Free the saved values. A node that saved nothing can be walked again, as in PyTorch."""
-        if any(edge is not None and edge[2] for edge in self.edges):
-            self.edges = [edge and (edge[0], None, ()) for edge in self.edges]
+        """Free the saved arrays. A node that saved none can be walked again, as in PyTorch."""
+        for edge in self.edges:
+            if edge is not None and edge[2] and any(map(_holds_memory, edge[2])):
+                self.edges = [edge and (edge[0], None, ()) for edge in self.edges]
+                return
 
     def __repr__(self) -> str:
         return f"<{self.label}>"
+
+
+def _holds_memory(saved: Any) -> bool:
+    """Whether a saved value is an array in some form, and not a number or a shape."""
+    if isinstance(saved, tuple):
+        return any(isinstance(value, Variable) for value in saved)
+    return isinstance(saved, Variable | SavedOutput) or hasattr(saved, "nbytes")
 
 
 class RemovableHandle:
@@ -353,31 +362,28 @@ def _walk(
     with set_grad_enabled(create_graph):
         while heap:
             node = heapq.heappop(heap)[1]
-            grad = gradients.pop(node)
             if node.hooks or node.retained_by is not None:
-                grad = _run_hooks(node, grad)
+                gradients[node] = _run_hooks(node, gradients[node])
             if targets is not None and node in targets:
-                captured[node] = grad
-            if node.leaf is not None:
-                leaf = node.leaf()
-                if targets is None and leaf is not None:
-                    _accumulate(leaf, grad, create_graph)
-                continue
-            _pull(node, grad, gradients, heap, needed, create_graph)
-            if release:
-                node.release()
+                captured[node] = gradients[node]
+            if node.leaf is None:
+                _pull(node, gradients, heap, needed, create_graph)
+                if release:
+                    node.release()
+            elif targets is None:
+                _accumulate_at_leaf(node, gradients, create_graph)
     return captured
 
 
 def _pull(
     node: Node,
-    grad: Any,
     gradients: dict[Node, Any],
     heap: list[tuple[int, Node]],
     needed: set[Node] | None,
     create_graph: bool,
 ) -> None:
     """Run a node's pullbacks on its complete gradient and add each share to the parent's."""
+    grad = gradients.pop(node)
     for edge in node.edges:
         if edge is None or (needed is not None and edge[0] not in needed):
             continue
@@ -452,14 +458,38 @@ def _run_hooks(node: Node, grad: Any) -> Any:
     return tensor if isinstance(grad, Variable) else tensor.array
 
 
+def _accumulate_at_leaf(node: Node, gradients: dict[Node, Any], create_graph: bool) -> None:
+    """Add a complete gradient to its leaf's `grad`, unless nobody holds the leaf any more."""
+    leaf = node.leaf() if node.leaf is not None else None
+    if leaf is not None and leaf._grad is None and not _is_sole_owner(gradients, node):
+        gradients[node] = gradients[node].copy()
+    grad = gradients.pop(node)
+    if leaf is not None:
+        _accumulate(leaf, grad, create_graph)
+
+
+def _is_sole_owner(gradients: dict[Node, Any], node: Node) -> bool:
+    """Whether nobody else can see a gradient's memory, so that it may become a `grad` without a copy."""
+    if isinstance(gradients[node], Variable):
+        return True  # recorded gradients are never written in place
+    base = gradients[node].base
+    if base is not None and (
+        getattr(base, "size", None) != gradients[node].size  # expanded: elements share memory
+        or not getattr(gradients[node].flags, "writeable", True)
+        or getattr(base, "base", None) is not None
+        or sys.getrefcount(base) > 3  # the view, `base`, and getrefcount's argument
+    ):
+        return False
+    return sys.getrefcount(gradients[node]) <= 2  # the dict, and getrefcount's argument
+
+
 def _accumulate(tensor: Variable, grad: Any, create_graph: bool) -> None:
-    """Add `grad` to `tensor.grad`: in place into the same object, except where the sum itself is recorded."""
+    """Add `grad` to `tensor.grad`: in place into the same object, except where the sum is recorded."""
     previous = tensor._grad
     if isinstance(grad, Variable):
         tensor._grad = grad if previous is None else previous + grad
     elif previous is None:
-        # 4: the walk's variable, this function's argument, the getrefcount argument, and the caller's stack
-        tensor._grad = Variable.Result(grad if _is_sole_owner(grad, 5) else grad.copy())
+        tensor._grad = Variable.Result(grad)
     elif previous.requires_grad or create_graph:
         tensor._grad = previous.detach() + grad
     else:
@@ -467,21 +497,10 @@ def _accumulate(tensor: Variable, grad: Any, create_graph: bool) -> None:
         previous.written()
 
 
-def _is_sole_owner(array: Any, references: int) -> bool:
-    """Whether nobody else can see this array's memory, so that it may become a `grad` without a copy."""
-    base = array.base if isinstance(array, np.ndarray) else getattr(array, "base", None)
-    if base is not None and (
-        getattr(base, "size", -1) != array.size
-        or getattr(base, "base", None) is not None
-        or sys.getrefcount(base) > 3
-    ):
-        return False
-    return sys.getrefcount(array) <= references
-
-
 def _refuse_freed(node: Node) -> NoReturn:
     raise RuntimeError(
-        f"{node.label}: Trying to backward through the graph a second time, after its saved values were freed; "
+        f"{node.label}: Trying to backward through the graph a second time, after its saved "
+        "values were freed; "
         "pass retain_graph=True to the first backward() or grad()"
     )
 

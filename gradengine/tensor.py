@@ -46,11 +46,19 @@ def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the method that writes `function`'s result into the tensor's memory."""
 
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._write(function(self, *args, **kwargs))
+        source = self
+        if grad_mode.enabled and (self.requires_grad or any(map(_requires_grad, args))):
+            self._check_recorded_write()
+            source = Tensor(self.array.copy(), self.node)  # backward may need what is overwritten
+        return self._write(function(source, *args, **kwargs))
 
     method.__name__ = f"{function.__name__}_"
     method.__doc__ = f"Do `{function.__name__}` in place: the result must have this tensor's shape."
     return method
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, Variable) and value.requires_grad
 
 
 class Tensor(Variable):
@@ -351,7 +359,7 @@ class Tensor(Variable):
                 "in-place: output with shape of the tensor doesn't match the broadcast shape; "
                 f"got tensor.shape={self.shape}, result.shape={result.shape}"
             )
-        if dtypes.result_type(result, self) != self.dtype and result.dtype.kind > self.dtype.kind:
+        if not dtypes.can_hold(self.dtype, result.dtype):
             raise RuntimeError(
                 "in-place: result dtype can't be cast to the tensor's; "
                 f"got result.dtype={result.dtype}, tensor.dtype={self.dtype}"
@@ -381,8 +389,7 @@ class Tensor(Variable):
         self.version().stamp = self.node.index if recorded else tick()  # type: ignore[union-attr]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        value_requires_grad = isinstance(value, Variable) and value.requires_grad
-        if grad_mode.enabled and (self.requires_grad or value_requires_grad):
+        if grad_mode.enabled and (self.requires_grad or _requires_grad(value)):
             self._check_recorded_write()
             self._write(indexing.setitem(self, index, value))
         else:

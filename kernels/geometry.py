@@ -129,7 +129,7 @@ def _conv2d_geometry(
     _check_conv2d_values(stride, padding, dilation, groups)
     _check_conv2d_shapes(x_shape, weight_shape, groups)
     kernel = (weight_shape[2], weight_shape[3])
-    pads = _conv2d_padding(padding, kernel, dilation)
+    pads = _padding_pairs(padding, kernel, dilation)
     extents = tuple(_extent(k, d) for k, d in zip(kernel, dilation, strict=True))
     padded = tuple(size + sum(pad) for size, pad in zip(x_shape[2:], pads, strict=True))
     _require(
@@ -199,32 +199,29 @@ def _pool2d_geometry(
     _check_pool2d_values(name, kernel, stride, padding, dilation, divisor_override)
     _check_four_dimensions(name, "x", x_shape)
     _check_no_empty_plane(name, x_shape)
-    out = tuple(
-        _pooled_size(x_shape[2 + axis], _extent(kernel[axis], dilation[axis]), stride[axis],
-                     padding[axis], ceil_mode)
-        for axis in (0, 1)
-    )  # fmt: skip
-    got: dict[str, Any] = {
-        "x.shape": x_shape,
-        "kernel_size": kernel,
-        "padding": padding,
-        "dilation": dilation,
-    }
+    out_height, out_width = (
+        _pooled_size(size, _extent(taps, spread), step, pad, ceil_mode)
+        for size, taps, spread, step, pad in zip(
+            x_shape[2:], kernel, dilation, stride, padding, strict=True
+        )
+    )
+    got = {"x.shape": x_shape, "kernel_size": kernel, "padding": padding, "dilation": dilation}
     _require(
-        min(out) >= 1,
+        out_height >= 1 and out_width >= 1,
         f"{name}: the window must fit into the padded input "
         "(dilation * (kernel_size - 1) + 1 <= size + 2 * padding)",
         got,
     )
-    pads = ((padding[0], padding[0]), (padding[1], padding[1]))
     # fmt: off
     geometry = Pool2dGeometry(
-        x_shape[0], x_shape[1], x_shape[2], x_shape[3], kernel[0], kernel[1], out[0], out[1],
-        stride, pads, dilation, count_include_pad, divisor_override,
+        x_shape[0], x_shape[1], x_shape[2], x_shape[3], kernel[0], kernel[1], out_height, out_width,
+        stride, _padding_pairs(padding, kernel, dilation), dilation,
+        count_include_pad, divisor_override,
     )
     # fmt: on
+    rows, columns = tap_positions(geometry)
     _require(
-        all((table >= 0).any(axis=1).all() for table in tap_positions(geometry)),
+        bool((rows.max(axis=1) >= 0).all() and (columns.max(axis=1) >= 0).all()),
         f"{name}: every window must hold a pixel of the input (taps of a dilated window may all "
         "fall on padding)",
         got,
@@ -315,7 +312,7 @@ def _pooled_size(size: int, extent: int, stride: int, padding: int, ceil_mode: b
     return out
 
 
-def _conv2d_padding(padding: Pair | str, kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:
+def _padding_pairs(padding: Pair | str, kernel: Pair, dilation: Pair) -> tuple[Pair, Pair]:
     if isinstance(padding, tuple):
         return (padding[0], padding[0]), (padding[1], padding[1])
     if padding == "valid":

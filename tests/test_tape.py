@@ -191,7 +191,9 @@ def test_a_second_walk_over_freed_values_is_refused():
     x = leaf(1.0)
     y = (x * x).sum()
     y.backward()
-    with pytest.raises(RuntimeError, match="MulBackward0: Trying to backward through the graph a second"):
+    with pytest.raises(
+        RuntimeError, match="MulBackward0: Trying to backward through the graph a second"
+    ):
         y.backward()
     z = (x * x).sum()
     z.backward(retain_graph=True)
@@ -244,7 +246,9 @@ def test_grad_of_unused_inputs():
     assert ge.autograd.grad(x.sum(), [x, y], allow_unused=True)[1] is None
     found = ge.autograd.grad(x.sum(), [x, y], materialize_grads=True)
     assert found[1].tolist() == [0.0]
-    with pytest.raises(RuntimeError, match="one of the differentiated Tensors does not require grad"):
+    with pytest.raises(
+        RuntimeError, match="one of the differentiated Tensors does not require grad"
+    ):
         ge.autograd.grad(x.sum(), ge.ones(1))
 
 
@@ -268,7 +272,9 @@ def test_a_wrong_pullback_is_named():
         return x * 2
 
     broken.pullbacks(x=lambda grad: grad[:1])
-    with pytest.raises(RuntimeError, match="BrokenBackward0: a pullback must return its input's shape"):
+    with pytest.raises(
+        RuntimeError, match="BrokenBackward0: a pullback must return its input's shape"
+    ):
         broken(leaf(1.0, 2.0)).backward(ge.ones(2))
 
 
@@ -436,9 +442,14 @@ def test_bad_hooks_are_named():
     def shrink(grad):
         return grad[:1]
 
-    with x.register_hook(shrink), pytest.raises(RuntimeError, match="hook 'shrink' has changed the size"):
+    with (
+        x.register_hook(shrink),
+        pytest.raises(RuntimeError, match="hook 'shrink' has changed the size"),
+    ):
         x.sum().backward()
-    with pytest.raises(RuntimeError, match="cannot register a hook on a tensor that doesn't require"):
+    with pytest.raises(
+        RuntimeError, match="cannot register a hook on a tensor that doesn't require"
+    ):
         ge.ones(1).register_hook(shrink)
 
 

@@ -122,13 +122,14 @@ def _numerical_jacobian(
         x.array[place] = value
         return devices.to_device(_outputs(func, arguments)[position].array, "cpu").ravel().copy()
 
+    output_size = _outputs(func, arguments)[position].numel()
     rows = []
     for place in np.ndindex(x.shape):
         original = x.array[place].item()
         above, below = output_at(place, original + eps), output_at(place, original - eps)
         x.array[place] = original
         rows.append((above - below) / (2 * eps))
-    return np.stack(rows) if rows else np.zeros((0, 0))
+    return np.stack(rows) if rows else np.zeros((0, output_size))
 
 
 def _analytical_jacobian(
@@ -143,4 +144,4 @@ def _analytical_jacobian(
         (found,) = gradients_of([output], [x], [_like(output, seed)], True, False)
         column = np.zeros(x.shape) if found is None else devices.to_device(found.array, "cpu")
         columns.append(column.ravel())
-    return np.stack(columns, axis=1) if columns else np.zeros((0, 0))
+    return np.stack(columns, axis=1) if columns else np.zeros((x.numel(), 0))

@@ -27,19 +27,19 @@ def relu(x):
 
 
 @operation(label="ThresholdBackward0")
-def _where_positive(grad, *, out):
-    """Return grad where `out` is not <= 0, and 0 elsewhere.
+def _where_positive(grad, *, gate):
+    """Return grad where `gate` is not <= 0, and 0 elsewhere.
 
     Whole words are masked by their bits: six times as fast as where() on random masks, and unlike a
     product exact for an infinite gradient.
     """
     words = np.dtype(f"i{grad.itemsize}")
-    mask = (out <= 0).astype(words) - 1  # all bits set where grad passes
+    mask = (gate <= 0).astype(words) - 1  # all bits set where grad passes
     return (grad.view(words) & mask).view(grad.dtype)
 
 
-relu.pullbacks(x=lambda grad, out: _where_positive(grad, out=array_of(out)))
-_where_positive.pullbacks(grad=lambda grad, out: _where_positive(grad, out=out))
+relu.pullbacks(x=lambda grad, out: _where_positive(grad, gate=array_of(out)))
+_where_positive.pullbacks(grad=lambda grad, gate: _where_positive(grad, gate=gate))
 
 
 @elementwise(floating=True)

@@ -142,8 +142,16 @@ def _power_times(grad: Any, x: Any, exponent: float) -> Any:
 _pow_number.pullbacks(x=_power_times)
 _pow.pullbacks(
     x=lambda grad, x, y: grad * where(y == 0, 0.0, y * _pow(x, y - 1)),
-    y=lambda grad, x, y, out: grad * where((out == 0) & (y >= 0), 0.0, out * log(x)),
+    y=lambda grad, x, y, out: grad * where((out == 0) & (y >= 0), 0.0, out * _log_of(x)),
 )
+
+
+def _log_of(base: Any) -> Any:
+    if hasattr(base, "dtype"):
+        return log(base)
+    if base <= 0:
+        return -math.inf if base == 0 else math.nan
+    return math.log(base)
 
 
 def pow(x: Any, exponent: Any) -> Any:

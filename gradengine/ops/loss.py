@@ -23,11 +23,9 @@ def _nll_loss(x, *, target, scale, divisor):
     xp = array_module(x)
     axis = min(1, x.ndim - 1)
     picked = xp.take_along_axis(x, xp.expand_dims(target, axis), axis=axis).squeeze(axis)
-    loss = xp.where(scale != 0, picked * -scale, xp.zeros((), x.dtype))
-    if divisor is None:
-        return loss
-    with np.errstate(invalid="ignore"):  # 0 / 0, all targets ignored: nan is the answer
-        return loss.sum() / divisor
+    with np.errstate(invalid="ignore"):  # -inf * 0 of a score that is not used, 0 / 0 where none is
+        loss = xp.where(scale != 0, picked * -scale, xp.zeros((), x.dtype))
+        return loss if divisor is None else loss.sum() / divisor
 
 
 @operation(label="NllLossBackwardBackward0")

@@ -282,7 +282,7 @@ def einsum(equation: str, *operands: Any) -> Any:
 
     Letters that the output lacks are summed over, a letter repeated in one operand takes the
     diagonal, an ellipsis stands for axes that broadcast. Without "->" the output has the ellipsis
-    and every letter that stands once, in alphabetical order. Operands are contracted in their order.
+    and every letter that stands once, in alphabetical order. Operands are contracted in order.
     Raises ValueError for an equation that is malformed or does not fit, TypeError if dtypes differ.
     """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -292,6 +292,8 @@ def einsum(equation: str, *operands: Any) -> Any:
         raise TypeError(f"einsum: operands must have one dtype; got dtypes {dtypes}")
     terms, output = _parse(equation, [x.ndim for x in operands])
     effective = _effective_terms(equation, terms, operands)
+    if len(operands) == 1:
+        return _rearrange(operands[0], letters=terms[0], output=output)
     result, found = None, ""
     for position, (x, term) in enumerate(zip(operands, terms, strict=True)):
         later = output + "".join(effective[position + 1 :])

@@ -77,12 +77,12 @@ def max_pool2d(
 # ---- average -------------------------------------------------------------------------------------
 
 
-@operation
+@operation(label="AvgPool2DBackward0")
 def _avg_pool2d(x, *, geometry):
     return kernels.avg_pool2d(x, geometry)
 
 
-@operation
+@operation(label="AvgPool2DBackwardBackward0")
 def _avg_pool2d_grad(grad, *, geometry):
     return kernels.avg_pool2d_grad(grad, geometry)
 
@@ -117,8 +117,8 @@ def adaptive_avg_pool2d(x: Any, output_size: int | Sequence[int | None]) -> Any:
     """Return averages of x (N, C, H, W) or (C, H, W) over windows that give `output_size`.
 
     output_size is an int or a (vertical, horizontal) pair, None keeps the input's size. Window i
-    of an axis runs from floor(i * size / out) to ceil((i + 1) * size / out). Raises ValueError if x has
-    another rank or a size is not positive.
+    of an axis runs from floor(i * size / out) to ceil((i + 1) * size / out).
+    Raises ValueError if x has another rank or a size is not positive.
     """
     if x.ndim == 3:
         return squeeze(adaptive_avg_pool2d(unsqueeze(x, 0), output_size), 0)

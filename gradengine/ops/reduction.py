@@ -1,6 +1,6 @@
 """Reductions: sums, means, extremes, products, norms, and sums along a dim.
 
-`dim` is an int, a tuple of ints, or None for all dims; `keepdim` keeps each reduced dim with size 1.
+`dim` is an int, a tuple of ints, or None for all dims; `keepdim` keeps reduced dims with size 1.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from gradengine.dtypes import get_default_dtype
 from gradengine.operation import cast, operation
 from gradengine.ops.conversion import to_dtype
 from gradengine.ops.elementwise import exp, maximum, minimum, sign, where
-from gradengine.ops.indexing import ValuesIndices, pick_reduced
-from gradengine.ops.shape import flip, normalized_dim, normalized_dims, pad, permute, reshape
-from gradengine.ops.shape import slices, stack, unsqueeze
+from gradengine.ops.indexing import ValuesIndices, pick_along
+from gradengine.ops.shape import (
+    flip,
+    normalized_dim,
+    normalized_dims,
+    pad,
+    permute,
+    reshape,
+    slices,
+    stack,
+    unsqueeze,
+)
 
 # ---- dims ----------------------------------------------------------------------------------------
 
@@ -87,7 +96,7 @@ _unreduce.pullbacks(
 
 
 def sum(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    """Return the sum over `dim`, int64 for integers and bools; with `dtype`, x is converted first."""
+    """Return the sum over `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is None:
         return _sum(x, dim=_reduced_dims("sum", dim, x.ndim), keepdim=keepdim)
     x = to_dtype(x, dtype)
@@ -110,7 +119,7 @@ _mean.pullbacks(
 
 
 def mean(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
-    """Return the mean over `dim`; with `dtype`, x is converted first. TypeError unless x is floating."""
+    """Return the mean over `dim`; `dtype` converts x first. TypeError unless x is floating."""
     if dtype is not None:
         x = to_dtype(x, dtype)
     _check_float("mean", x)
@@ -130,7 +139,7 @@ _cumsum.pullbacks(x=lambda grad, dim, reverse: _cumsum(grad, dim=dim, reverse=no
 
 
 def cumsum(x: Any, dim: int, dtype: Any = None) -> Any:
-    """Return the running sums along `dim`, int64 for integers and bools; `dtype` converts x first."""
+    """Return running sums along `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is not None:
         x = to_dtype(x, dtype)
     out = _cumsum(x, dim=normalized_dim("cumsum", dim, x.ndim), reverse=False)
@@ -259,7 +268,7 @@ def _argmin(x, *, dim):
 
 
 def _extremes(operations: tuple[Any, ...], x: Any, dim: Any, keepdim: bool) -> Any:
-    """Do what `max` and `min` do; `operations` are for two tensors, for all dims, and for places."""
+    """Do what max and min do; `operations` are for two tensors, for all dims, and for places."""
     pairwise, reduce, locate = operations
     name = pairwise.__name__.removesuffix("imum")
     if hasattr(dim, "dtype"):
@@ -273,7 +282,7 @@ def _extremes(operations: tuple[Any, ...], x: Any, dim: Any, keepdim: bool) -> A
     dim = normalized_dim(name, dim, x.ndim)
     _check_not_empty(name, x, (dim,))
     indices = locate(x, dim=dim)
-    values = pick_reduced(x, dim, indices, label=f"{name.capitalize()}Backward0")
+    values = pick_along(x, dim, indices, label=f"{name.capitalize()}Backward0")
     if keepdim:
         values, indices = unsqueeze(values, dim), unsqueeze(indices, dim)
     return ValuesIndices(values, indices)
@@ -282,8 +291,8 @@ def _extremes(operations: tuple[Any, ...], x: Any, dim: Any, keepdim: bool) -> A
 def max(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return the largest element of x; with `dim`, an int, the pair (values, indices) along it.
 
-    Among equal elements, the first gets an index and its gradient; without `dim` they share it
-    equally. nan counts as largest. `max(x, other)` is `maximum`. Raises ValueError for no elements.
+    Of equal elements the first has the index and the gradient; without `dim` they share it.
+    nan counts as largest. `max(x, other)` is `maximum`. Raises ValueError for no elements.
     """
     return _extremes((maximum, _max, _argmax), x, dim, keepdim)
 
@@ -291,21 +300,21 @@ def max(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
 def min(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return the smallest element of x; with `dim`, an int, the pair (values, indices) along it.
 
-    Among equal elements, the first gets an index and its gradient; without `dim` they share it
-    equally. nan counts as smallest. `min(x, other)` is `minimum`. Raises ValueError for no elements.
+    Of equal elements the first has the index and the gradient; without `dim` they share it.
+    nan counts as smallest. `min(x, other)` is `minimum`. Raises ValueError for no elements.
     """
     return _extremes((minimum, _min, _argmin), x, dim, keepdim)
 
 
 def amax(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    """Return the largest elements over `dim`; equal ones share the gradient. ValueError for none."""
+    """Return the largest elements over `dim`; equal ones share the gradient. ValueError if none."""
     dims = _reduced_dims("amax", dim, x.ndim)
     _check_not_empty("amax", x, dims)
     return _max(x, dim=dims, keepdim=keepdim, label="AmaxBackward0")
 
 
 def amin(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    """Return the smallest elements over `dim`; equal ones share the gradient. ValueError for none."""
+    """Return the smallest elements over `dim`; equal ones share the gradient. ValueError if none."""
     dims = _reduced_dims("amin", dim, x.ndim)
     _check_not_empty("amin", x, dims)
     return _min(x, dim=dims, keepdim=keepdim, label="AminBackward0")
@@ -319,12 +328,12 @@ def _place(name: str, locate: Any, x: Any, dim: int | None, keepdim: bool) -> An
 
 
 def argmax(x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
-    """Return the int64 place of the first largest element along `dim`, or in x as if it were flat."""
+    """Return the int64 place of the first largest element along `dim`, or in x taken as flat."""
     return _place("argmax", _argmax, x, dim, keepdim)
 
 
 def argmin(x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
-    """Return the int64 place of the first smallest element along `dim`, or in x as if it were flat."""
+    """Return the int64 place of the first smallest element along `dim`, or in x taken as flat."""
     return _place("argmin", _argmin, x, dim, keepdim)
 
 
@@ -371,7 +380,7 @@ def _prod(x, *, dim, keepdim):
 
 
 def _prod_gradient(grad: Any, x: Any, dim: Dims) -> Any:
-    """Multiply by the product of the other elements, found without division: zeros are no exception."""
+    """Multiply by the product of the other elements, found without division: some may be 0."""
     spread = _unreduce(grad, dim=dim, shape=x.shape)
     count = _count(x.shape, dim)
     if count < 2 or 0 in x.shape:
@@ -419,7 +428,9 @@ def prod(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> A
 @operation
 def _logsumexp(x, *, dim, keepdim):
     xp = array_module(x)
-    with np.errstate(divide="ignore", over="ignore"):  # log(0) is -inf, exp(large) beside inf is inf
+    with np.errstate(
+        divide="ignore", over="ignore"
+    ):  # log(0) is -inf, exp(large) beside inf is inf
         if _count(x.shape, dim) == 0:
             return xp.log(x.sum(axis=dim, keepdims=keepdim))
         largest = x.max(axis=dim, keepdims=True)

@@ -15,7 +15,7 @@ import numpy as np
 from gradengine.device import array_module
 from gradengine.dtypes import result_type
 from gradengine.operation import broadcast_to as _broadcast_to
-from gradengine.operation import cast, operation, sum_to_shape
+from gradengine.operation import cast, operation
 
 # ---- dims ----------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def normalized_dim(name: str, dim: int, ndim: int) -> int:
-    """Return `dim` counted from the front. Raises IndexError, in the name of `name`, if there is none."""
+    """Return `dim` counted from the front. Raises IndexError in the name of operation `name`."""
     if not -ndim <= dim < ndim:
         raise IndexError(
             f"{name}: dim must be in [{-ndim}, {ndim - 1}] (-ndim <= dim < ndim); "
@@ -82,8 +82,8 @@ def reshape(x: Any, shape: Any) -> Any:
 
 def _invalid_shape(name: str, shape: tuple[int, ...], current: tuple[int, ...]) -> ValueError:
     return ValueError(
-        f"{name}: shape must hold as many elements as x (prod(shape) == prod(x.shape)), with at most "
-        f"one -1; got shape={shape}, x.shape={tuple(current)}"
+        f"{name}: shape is invalid for x, it must hold as many elements (prod(shape) == "
+        f"prod(x.shape)), with at most one -1; got shape={shape}, x.shape={tuple(current)}"
     )
 
 
@@ -190,11 +190,15 @@ _permute.pullbacks(x=_unpermute)
 
 
 def permute(x: Any, dims: Any) -> Any:
-    """Return a view of x whose axis i is x's axis dims[i]. Raises ValueError unless each is named once."""
+    """Return a view of x whose axis i is x's axis dims[i].
+
+    Raises ValueError unless each axis is named once.
+    """
     order = normalized_dims("permute", dims, x.ndim)
     if len(order) != x.ndim:
         raise ValueError(
-            f"permute: dims must name each of x's dims once (len(dims) == ndim); got dims={dims}, ndim={x.ndim}"
+            "permute: dims must name each of x's dims once (len(dims) == ndim); "
+            f"got dims={dims}, ndim={x.ndim}"
         )
     return _permute(x, dims=order, label="PermuteBackward0")
 
@@ -218,7 +222,7 @@ swapaxes = transpose
 
 
 def t(x: Any) -> Any:
-    """Return the transpose of a matrix, as a view; 0-d and 1-d as they are. ValueError for more dims."""
+    """Return a view of a matrix transposed; x itself if 0-d or 1-D. ValueError for more dims."""
     if x.ndim > 2:
         raise ValueError(
             f"t: x must have at most two dims (x.ndim <= 2); got x.shape={tuple(x.shape)}"
@@ -227,7 +231,7 @@ def t(x: Any) -> Any:
 
 
 def movedim(x: Any, source: Any, destination: Any) -> Any:
-    """Return a view of x with the dims `source` (int or tuple) moved to `destination`, others in order."""
+    """Return a view of x with the dims `source` moved to `destination` (ints or tuples)."""
     sources = normalized_dims("movedim", source, x.ndim)
     destinations = normalized_dims("movedim", destination, x.ndim)
     if len(sources) != len(destinations):
@@ -247,7 +251,7 @@ def movedim(x: Any, source: Any, destination: Any) -> Any:
 def expand(x: Any, shape: Any) -> Any:
     """Return a read-only view of x repeated along new leading and size-1 dims up to `shape`.
 
-    -1 keeps the size of an existing dim. Raises ValueError where a size is neither 1 nor the target's.
+    -1 keeps the size of an existing dim. Raises ValueError for a size neither 1 nor the target's.
     """
     shape = _as_tuple(shape)
     added = len(shape) - x.ndim
@@ -356,7 +360,7 @@ def slices(x, *, index, label):
 
 @operation
 def assemble(*pieces, indices, shape):
-    """Return zeros of `shape` with each piece written at its basic index; the indices do not overlap."""
+    """Return zeros of `shape` with each piece written at its basic index; none overlap."""
     # The pieces' layout is kept. CuPy ignores an empty shape, hence the reshape.
     out = array_module(pieces[0]).zeros_like(pieces[0], shape=shape).reshape(shape)
     for piece, index in zip(pieces, indices, strict=True):
@@ -395,9 +399,9 @@ def _narrow(x: Any, dim: int, start: int, length: int) -> Any:
 
 # ---- splitting -----------------------------------------------------------------------------------
 #
-# A gradient of full size for each of n pieces would cost O(n^2). So all pieces of one split hang on
-# one node, `_divide`: each piece's pullback gives it a `Share`, shares add up by being collected, and
-# `_divide` writes them into one array.
+# A gradient of full size for each of n pieces would cost O(n^2). So all pieces of one split hang
+# on one node, `_divide`: each piece's pullback gives it a `Share`, shares add up by being
+# collected, and `_divide` writes them into one array.
 
 
 class Share:
@@ -443,7 +447,7 @@ def _split(x: Any, dim: int, sizes: Sequence[int], label: str) -> tuple[Any, ...
 
 
 def split(x: Any, split_size_or_sections: Any, dim: int = 0) -> tuple[Any, ...]:
-    """Return views that divide x along `dim`: pieces of one size (the last may be smaller) or of given sizes.
+    """Return views that divide x along `dim`: of one size, the last maybe smaller, or of several.
 
     Raises ValueError for a size below 1, or sizes that do not add up to the dim's.
     """
@@ -468,7 +472,7 @@ def _even_sizes(total: int, size: int) -> list[int]:
 
 
 def chunk(x: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
-    """Return views that divide x along `dim` into at most `chunks` pieces of equal size, the last smaller."""
+    """Return views of at most `chunks` equal pieces of x along `dim`, the last maybe smaller."""
     if chunks < 1:
         raise ValueError(f"chunk: chunks must be positive; got chunks={chunks}")
     dim = normalized_dim("chunk", dim, x.ndim)
@@ -540,7 +544,7 @@ concat = cat
 
 
 def stack(tensors: Any, dim: int = 0) -> Any:
-    """Return the tensors, all of one shape, joined along a new dim. Raises ValueError where shapes disagree."""
+    """Return the tensors joined along a new dim. Raises ValueError unless all have one shape."""
     tensors = _of_one_dtype("stack", tensors)
     if any(x.shape != tensors[0].shape for x in tensors):
         raise ValueError(
@@ -592,7 +596,7 @@ _roll.pullbacks(
 def roll(x: Any, shifts: Any, dims: Any = None) -> Any:
     """Return x with places moved on by `shifts` along `dims`, the last coming back in at the front.
 
-    Without dims, x is rolled as if it were flat. Raises ValueError unless there is a shift for each dim.
+    Without dims, x is rolled as if it were flat. Raises ValueError unless each dim has one shift.
     """
     shifts = _as_tuple(shifts)
     if dims is None and len(shifts) == 1:
@@ -627,13 +631,13 @@ def _check_matrix(name: str, x: Any) -> None:
 
 
 def tril(x: Any, diagonal: int = 0) -> Any:
-    """Return the last two dims' elements on and below a diagonal (0: the main one), zeros elsewhere."""
+    """Return the last two dims' elements on and below a diagonal (0: the main one), else zeros."""
     _check_matrix("tril", x)
     return _tril(x, diagonal=diagonal)
 
 
 def triu(x: Any, diagonal: int = 0) -> Any:
-    """Return the last two dims' elements on and above a diagonal (0: the main one), zeros elsewhere."""
+    """Return the last two dims' elements on and above a diagonal (0: the main one), else zeros."""
     _check_matrix("triu", x)
     return _triu(x, diagonal=diagonal)
 
@@ -735,11 +739,11 @@ def pad(x: Any, pad: Any, mode: str = "constant", value: float = 0.0) -> Any:
         raise ValueError(
             f'pad: mode must be "constant", "reflect", "replicate" or "circular"; got mode={mode!r}'
         )
-    if any(before < 0 or after < 0 for before, after in widths):
-        cropped = tuple((min(0, before), min(0, after)) for before, after in widths)
+    cropped = tuple((min(0, before), min(0, after)) for before, after in widths)
+    if any(map(any, cropped)):
         x = _pad(x, widths=cropped, value=0)
-    for dim, (before, after) in enumerate(widths):
-        before, after = max(0, before), max(0, after)
+    added = [(max(0, before), max(0, after)) for before, after in widths]
+    for dim, (before, after) in enumerate(added):
         if before or after:
             _check_edges(mode, x.shape, dim, max(before, after))
             first, last = edges(x, dim, before, after)

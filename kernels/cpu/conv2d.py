@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from gradengine.kernels.geometry import Conv2dGeometry
 
 # A chunk's columns are written once and read back by the product: they should stay in cache.
-COLUMN_BYTES = 8 << 20
+# Smaller chunks would switch too often between Numba's threads and those of the BLAS.
+COLUMN_BYTES = 16 << 20
 
 
 def conv2d(x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry) -> Array:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from numba import njit
+from numba import get_num_threads, njit
 
 from gradengine.kernels.layout import Array, to_nhwc
 
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
 # loader) run beside a kernel, so the GIL does not keep the launches apart: this lock does. One
 # launch uses all cores anyway, and taking a free lock costs far less than starting its threads.
 LAUNCH_LOCK = threading.Lock()
+
+
+def _start_threads() -> None:
+    """Start Numba's threads, those of OpenMP so that they sleep between two launches.
+
+    OpenMP's would spin, and the BLAS behind NumPy has threads of its own that need the same cores:
+    a small kernel beside a small product then takes milliseconds instead of microseconds. OpenMP
+    reads the policy once, when it is loaded; a user's choice stands, and child processes see none.
+    """
+    if "OMP_WAIT_POLICY" in os.environ:
+        get_num_threads()
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        get_num_threads()  # starts them
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]
+
+
+_start_threads()
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Callable[..., Any]:

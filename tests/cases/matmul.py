@@ -13,7 +13,14 @@ INTEGERS = np.array([[5, -3, 0, 7], [-7, 2, 9, 4]])
 
 def _matmul(note: str, *shapes: tuple[int, ...]) -> Case:
     x, y = (normal(*shape) for shape in shapes)
-    return Case("matmul", lambda lib, x, y: lib.matmul(x, y), (x, y), np.matmul, note=note)
+    return Case(
+        "matmul",
+        lambda lib, x, y: lib.matmul(x, y),
+        (x, y),
+        np.matmul,
+        differentiable=bool(x.size and y.size),
+        note=note,
+    )
 
 
 def _einsum(equation: str, *shapes: tuple[int, ...], reference: Any = None) -> Case:
@@ -35,6 +42,7 @@ def _linear(note: str, *shapes: tuple[int, ...]) -> Case:
         lambda lib, *x: (lib if hasattr(lib, "linear") else lib.nn.functional).linear(*x),
         tuple(normal(*shape) for shape in shapes),
         reference,
+        differentiable=shapes[0][0] > 0,
         note=note,
     )
 

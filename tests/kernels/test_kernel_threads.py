@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from gradengine import kernels
 from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
@@ -73,22 +74,23 @@ def launch_from_two_threads():
 
 
 def run_alone(code, **environment):
-    """Run code in a process of its own, two Numba threads; give what it printed."""
+    """Run code in a process of its own, two Numba threads; give what it left."""
     settings = {**os.environ, "NUMBA_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(
         command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout.split()
+    return result
 
 
 def run_here(function):
     """Run a function of this file under the layer that cannot stand two launches at once."""
-    return run_alone(
+    result = run_alone(
         f"from {__name__} import {function.__name__} as run; run()",
         NUMBA_THREADING_LAYER="workqueue",
     )
+    return result.stdout.split()
 
 
 def test_any_number_of_threads_gives_equal_bits():
@@ -107,4 +109,23 @@ def test_numba_and_cupy_are_imported_when_a_kernel_needs_them():
         "kernels.erf(numpy.zeros(1))\n"
         "print('numba' in sys.modules, 'cupy' in sys.modules)"
     )
-    assert run_alone(code) == ["False", "True", "False"]
+    assert run_alone(code).stdout.split() == ["False", "True", "False"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
+)
+def test_idle_openmp_threads_sleep_unless_the_user_chose(chosen, policy, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = (
+        "import os, numpy, gradengine.kernels as kernels\n"
+        "kernels.erf(numpy.zeros(9))\n"
+        "from numba.np.ufunc import threading_layer\n"
+        "print(threading_layer(), os.environ.get('OMP_WAIT_POLICY', 'unset'))"
+    )
+    result = run_alone(code, OMP_DISPLAY_ENV="true", **chosen)
+    layer, left = result.stdout.split()
+    assert left == chosen.get("OMP_WAIT_POLICY", "unset")
+    if layer != "omp":
+        pytest.skip(f"Numba's threading layer is {layer} here")
+    assert f"OMP_WAIT_POLICY = '{policy}'" in result.stderr

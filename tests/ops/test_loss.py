@@ -1,0 +1,143 @@
+"""Losses beside the table: graphs, ignored targets, messages."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import gradengine as ge
+from gradengine.ops.loss import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    nll_loss,
+    smooth_l1_loss,
+)
+
+
+def scores(requires_grad=False):
+    array = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    return ge.tensor(array, device="cpu", requires_grad=requires_grad)
+
+
+def classes(*numbers):
+    return ge.tensor(np.array(numbers), device="cpu")
+
+
+def test_cross_entropy_is_two_nodes():
+    x = scores(requires_grad=True)
+    node = cross_entropy(x, classes(0, 1, 2)).grad_fn
+    parent = node.next_functions[0][0]
+    assert [node.name(), parent.name()] == ["NllLossBackward0", "LogSoftmaxBackward0"]
+    assert parent.next_functions == ((x.node, 0),)
+
+
+def test_all_ignored_is_nan_with_no_gradient():
+    x = scores(requires_grad=True)
+    loss = cross_entropy(x, classes(-100, -100, -100))
+    assert math.isnan(loss.item())
+    loss.backward()
+    assert not x.grad.numpy().any()
+
+
+def test_an_empty_batch_is_nan():
+    assert math.isnan(cross_entropy(np.zeros((0, 4), np.float32), np.zeros(0, np.int64)))
+    assert cross_entropy(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), reduction="sum") == 0
+
+
+def test_ignored_scores_may_be_infinite():
+    x = np.array([[0.0, 0.0], [-math.inf, 0.0]])
+    assert nll_loss(x, np.array([1, 0]), ignore_index=0) == 0
+
+
+@pytest.mark.parametrize("target", [5, -1, 4])
+def test_targets_out_of_range_are_refused(target):
+    with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+        cross_entropy(scores(), classes(0, target, 2))
+
+
+def test_any_integer_target_will_do():
+    for dtype in (np.uint8, np.int32):
+        expected = cross_entropy(scores(), classes(0, 1, 2)).item()
+        assert cross_entropy(scores(), np.array([0, 1, 2], dtype)).item() == expected
+
+
+def test_target_probabilities_get_a_gradient():
+    x, target = (
+        scores(requires_grad=True),
+        ge.tensor(np.full((3, 4), 0.25, np.float32), device="cpu"),
+    )
+    target.requires_grad_()
+    cross_entropy(x, target).backward()
+    np.testing.assert_allclose(
+        target.grad.numpy(), -ge.log_softmax(x, 1).detach().numpy() / 3, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [mse_loss, l1_loss, smooth_l1_loss, huber_loss, binary_cross_entropy_with_logits],
+    ids=lambda loss: loss.__name__,
+)
+def test_reduction_is_checked(loss):
+    message = f"{loss.__name__}: reduction must be 'mean', 'sum' or 'none'; got reduction='avg'"
+    with pytest.raises(ValueError, match=message):
+        loss(scores(), scores(), reduction="avg")
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, nll_loss], ids=lambda loss: loss.__name__)
+def test_class_losses_check_their_arguments(loss):
+    name = loss.__name__
+    with pytest.raises(ValueError, match=f"{name}: reduction must be .*got reduction='avg'"):
+        loss(scores(), classes(0, 1, 2), reduction="avg")
+    with pytest.raises(
+        ValueError, match=rf"{name}: target must have input's shape .*\(3, 4\).*\(2,\)"
+    ):
+        loss(scores(), classes(0, 1))
+    with pytest.raises(ValueError, match=rf"{name}: weight must .*weight\.shape=\(3,\)"):
+        loss(scores(), classes(0, 1, 2), weight=np.ones(3, np.float32))
+    with pytest.raises(TypeError, match=r"must be floating point.*dtype=int64"):
+        loss(classes(0, 1, 2), classes(0))
+    with pytest.raises(TypeError, match=f"{name}: .*target.dtype=bool"):
+        loss(scores(), np.ones(3, bool))
+
+
+def test_nll_loss_takes_no_probabilities():
+    with pytest.raises(TypeError, match=r"nll_loss: .*target\.dtype=float32"):
+        nll_loss(scores(), scores())
+
+
+def test_cross_entropy_checks_probabilities_and_smoothing():
+    with pytest.raises(ValueError, match=r"cross_entropy: target probabilities .*\(3, 4\).*\(3,\)"):
+        cross_entropy(scores(), np.ones(3, np.float32))
+    for smoothing in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=rf"cross_entropy: label_smoothing .*={smoothing}"):
+            cross_entropy(scores(), classes(0, 1, 2), label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize(
+    "loss", [mse_loss, l1_loss, smooth_l1_loss, huber_loss], ids=lambda loss: loss.__name__
+)
+def test_broadcasting_warns(loss):
+    with pytest.warns(UserWarning, match=rf"{loss.__name__}: Using a target size \(3,\)"):
+        loss(scores()[:, :1], scores()[:, 0])
+
+
+def test_bounds_are_checked():
+    with pytest.raises(ValueError, match=r"smooth_l1_loss: .*beta >= 0.*got beta=-1"):
+        smooth_l1_loss(scores(), scores(), beta=-1)
+    with pytest.raises(ValueError, match=r"huber_loss: .*delta > 0.*got delta=0"):
+        huber_loss(scores(), scores(), delta=0)
+    with pytest.raises(ValueError, match="Target size must be the same as input size"):
+        binary_cross_entropy_with_logits(scores(), scores()[0])
+
+
+def test_losses_at_no_distance_have_no_gradient():
+    for loss in (mse_loss, l1_loss, smooth_l1_loss, huber_loss):
+        x = scores(requires_grad=True)
+        loss(x, scores()).backward()
+        assert not x.grad.numpy().any()
