@@ -48,7 +48,9 @@ def _peer(torch: Any, which: str, x: Any, weight: Any, grad: Any, stride: int) -
 
 
 @pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[3]}x{s[3]}/{s[4]}-{s[0]}-{s[1]}-{s[2]}px")
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda s: f"{s[3]}x{s[3]}/{s[4]}-{s[0]}-{s[1]}-{s[2]}px"
+)
 def test_convolution(race: Any, torch: Any, shape: tuple[int, ...], which: str) -> None:
     inputs, outputs, size, kernel, stride = shape
     random = np.random.default_rng(0)

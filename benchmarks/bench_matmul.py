@@ -14,11 +14,8 @@ import gradengine as ge
 def test_matmul(race: Any, torch: Any, size: int) -> None:
     a, b = np.random.default_rng(0).random((2, size, size), dtype=np.float32)
     x, y = ge.from_numpy(a), ge.from_numpy(b)
-    peer = None
-    if torch:
-        xt, yt = torch.from_numpy(a), torch.from_numpy(b)
-        peer = lambda: xt @ yt  # noqa: E731
-    race(lambda: x @ y, peer, flop=2 * size**3)
+    theirs = [torch.from_numpy(a), torch.from_numpy(b)] if torch else []
+    race(lambda: x @ y, (lambda: theirs[0] @ theirs[1]) if torch else None, flop=2 * size**3)
 
 
 @pytest.mark.parametrize("size", [256, 1024])

@@ -47,7 +47,11 @@ def _theirs(torch: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, An
     """Return PyTorch's model and data, channels last where that is its faster layout."""
     layout = torch.channels_last if images.shape[-1] > 64 else torch.contiguous_format
     model = torch_resnet18().to(memory_format=layout)
-    return model, torch.from_numpy(images).contiguous(memory_format=layout), torch.from_numpy(labels)
+    return (
+        model,
+        torch.from_numpy(images).contiguous(memory_format=layout),
+        torch.from_numpy(labels),
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training_step", "frozen_step"])

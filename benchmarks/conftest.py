@@ -1,7 +1,7 @@
 """How every row is measured: beside its peer, in turns, in one run; medians; one table at the end.
 
-    python -m pytest benchmarks                 # all rows; PyTorch's where it is installed
-    python -m pytest benchmarks -k convolution  # some rows
+python -m pytest benchmarks                 # all rows; PyTorch's where it is installed
+python -m pytest benchmarks -k convolution  # some rows
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradengine import autograd, functional, nn, optim
 from gradengine.autograd import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
-from gradengine.device import (
+from gradengine.devices import (
     Device,
     cuda_is_available,
     default_device,
@@ -54,7 +54,7 @@ from gradengine.factories import (
     zeros,
     zeros_like,
 )
-from gradengine.functional import *  # noqa: F403
+from gradengine.functional import *
 from gradengine.ops.random import manual_seed, set_rng_state
 from gradengine.tensor import Parameter, Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.device import (
+from gradengine.devices import (
     ENVIRONMENT_VARIABLE,
     cuda_is_available,
     cuda_unavailable_reason,

@@ -28,7 +28,7 @@ def get_default_dtype() -> np.dtype[Any]:
 
 def set_default_dtype(dtype: Any) -> None:
     """Set the dtype of new floating point tensors. Raises TypeError unless it is floating point."""
-    global _default_float  # noqa: PLW0603 - the default belongs to the process
+    global _default_float
     found = as_dtype(dtype)
     if found.kind != "f":
         raise TypeError(f"set_default_dtype: dtype must be floating point; got dtype={found}")

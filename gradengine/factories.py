@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine import device as devices
+from gradengine import devices
 from gradengine.dtypes import as_dtype, get_default_dtype
 from gradengine.ops import random
 from gradengine.tape import Variable
@@ -118,7 +118,7 @@ def devices_array(value: Any) -> bool:
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
-    """Return a tensor on the CPU that shares memory with a NumPy array. Raises TypeError for anything else."""
+    """Return a CPU tensor that shares memory with a NumPy array. Raises TypeError for anything else."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"from_numpy: array must be a numpy.ndarray; got {type(array).__name__}")
     as_dtype(array.dtype)
@@ -292,7 +292,7 @@ def randn(
 def randint(
     low: int, high: Any = None, size: Any = None, *, dtype: Any = np.int64, device: Any = None
 ) -> Tensor:
-    """Return integers drawn evenly from low to high - 1, of shape `size`; `randint(high, size)` starts at 0."""
+    """Return integers drawn evenly from low to high - 1, shape `size`; `randint(high, size)` starts at 0."""
     if size is None:
         low, high, size = 0, low, high
     if low >= high:

@@ -81,6 +81,7 @@ from gradengine.ops.indexing import (
     one_hot,
     scatter,
     scatter_add,
+    take,
     take_along_dim,
 )
 from gradengine.ops.interpolation import interpolate

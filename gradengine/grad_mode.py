@@ -38,7 +38,7 @@ class _ModeSwitch:
         grad_mode.enabled = self._previous.pop()
 
     def __call__(self, function: F) -> F:
-        """Return `function` running under this mode; a generator runs under it between its yields only."""
+        """Return `function` running under this mode; a generator runs under it between yields."""
         enabled = self._enabled
 
         @functools.wraps(function)
@@ -67,7 +67,7 @@ class _ModeSwitch:
         return generate if inspect.isgeneratorfunction(function) else call  # type: ignore[return-value]
 
 
-class no_grad(_ModeSwitch):  # noqa: N801
+class no_grad(_ModeSwitch):
     """Record nothing inside: a context manager, and a decorator with or without parentheses."""
 
     _mode = False
@@ -83,13 +83,13 @@ class no_grad(_ModeSwitch):  # noqa: N801
         super().__init__(self._mode)
 
 
-class enable_grad(no_grad):  # noqa: N801
-    """Record inside, also within `no_grad`: a context manager, and a decorator with or without parentheses."""
+class enable_grad(no_grad):
+    """Record inside, even within `no_grad`: a context manager, a decorator with or without parentheses."""
 
     _mode = True
 
 
-class set_grad_enabled(_ModeSwitch):  # noqa: N801
+class set_grad_enabled(_ModeSwitch):
     """Switch recording on or off: at once when called, and back again at the end of a `with` block."""
 
     def __init__(self, mode: bool) -> None:

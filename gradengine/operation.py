@@ -7,9 +7,9 @@
     matmul.pullbacks(x=lambda grad, y: grad @ y.mT, y=lambda grad, x: x.mT @ grad)
 
 Positional parameters are inputs, keyword-only ones are attributes. A pullback takes the incoming gradient
-first. Its other parameters name what it needs, and nothing else is kept until backward: an input (`x`), an
-input's shape or dtype alone (`x_shape`, `x_dtype`), the result (`out`), an attribute, a name listed in `keeps` (what forward
-returns beside its result) or, for an operation on `*inputs`, the `position` of the input it is for.
+first. Its other parameters name what it needs, and nothing else is kept until backward: an input (`x`), its
+shape or dtype alone (`x_shape`, `x_dtype`), the result (`out`), an attribute, a name listed in `keeps` (what
+forward returns beside its result) or, for an operation on `*inputs`, the `position` of the input it is for.
 
 Operations are polymorphic: given Tensors they return, and record, a Tensor; given arrays they return an
 array. Pullbacks are written in operations and operators, so that one formula runs on arrays in an ordinary
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine import device as devices
+from gradengine import devices
 from gradengine.dtypes import get_default_dtype, result_type
 from gradengine.grad_mode import grad_mode
 from gradengine.tape import Node, SavedOutput, Variable
@@ -36,12 +36,12 @@ class Operation:
     """The record behind an operation's function: its forward, its pullbacks and what they keep."""
 
     def __init__(
-        self, forward: Callable[..., Any], label: Any, keeps: tuple[str, ...], view: bool
+        self, forward: Callable[..., Any], label: Any, keeps: tuple[str, ...] = (), view: bool = False
     ) -> None:
         code = forward.__code__
         self.forward = forward
         self.name = forward.__name__
-        self.label = label or _camel_case(self.name) + "Backward0"
+        self.label: Any = label or _camel_case(self.name) + "Backward0"  # or label(**attributes)
         self.keeps = keeps
         self.view = view
         self.variadic = bool(code.co_flags & 0x04)  # has *inputs
@@ -49,6 +49,8 @@ class Operation:
         end = code.co_argcount + code.co_kwonlyargcount
         self.attributes = names[code.co_argcount : end]
         self.inputs = names[end : end + 1] if self.variadic else names[: code.co_argcount]
+        if "out" in self.inputs + self.attributes:
+            raise TypeError(f"{self.name}: no parameter may be called out: in a pullback it is the result")
         self.rules: dict[str, Rule] = {}
         self.saves_output = False
 
@@ -66,7 +68,8 @@ class Operation:
     def joint_pullback(self, function: Callable[..., Any]) -> None:
         """Give one function (grad, wanted, ...) for all inputs, for gradients that share work.
 
-        It returns one gradient for each input, in order; `wanted` says which will be used, the others may be None.
+        It returns one gradient for each input, in order. `wanted` says which will be used; the others
+        may be None.
         """
         self.pullbacks(**dict.fromkeys(self.inputs, function))
 
@@ -149,7 +152,7 @@ def elementwise(
     """
     if forward is None:
         return functools.partial(elementwise, label=label, floating=floating)
-    record = Operation(forward, label, (), False)
+    record = Operation(forward, label)
     apply = _unary(record, floating) if len(record.inputs) == 1 else _binary(record, floating)
     return _publish(record, apply)
 
@@ -253,7 +256,7 @@ def array_of(value: Any) -> Any:
     return value.array if isinstance(value, Variable) else value
 
 
-# ---- elementwise ----------------------------------------------------------------------------------------------------
+# ---- elementwise ---------------------------------------------------------------------------------
 
 
 def _unary(op: Operation, floating: bool) -> Callable[..., Any]:
@@ -312,7 +315,7 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
 
 
 def _elementwise_edge(
-    op: Operation, rule: Rule, x: Any, node: Node, inputs: Any, out: Any, shape: Any
+    op: Operation, rule: Any, x: Any, node: Node, inputs: Any, out: Any, shape: Any
 ) -> Any:
     if x._base is not None:
         _check_view(op.name, x)
@@ -391,13 +394,15 @@ def _call(op: Operation, arrays: Sequence[Any], attributes: dict[str, Any]) -> A
     return op.forward(*arrays, **attributes)
 
 
-# ---- views ----------------------------------------------------------------------------------------------------------
+# ---- views ---------------------------------------------------------------------------------------
 
 
 def _share_memory(source: Any, result: Any) -> None:
     """Let a view and its source share one version record, so that a write to either is seen by both."""
     array, base = result.array, result.array.base
-    if array is source.array or (base is not None and _is_any(base, source.array, source.array.base)):
+    if array is source.array or (
+        base is not None and _is_any(base, source.array, source.array.base)
+    ):
         result._version = source.version()
         result._base = source if source._base is None else source._base
 
@@ -410,5 +415,6 @@ def _check_view(name: str, x: Any) -> None:
     """Refuse a view whose memory was written after the view was recorded: its node tells of older values."""
     if x.node.leaf is None and x._version.stamp > x.node.index:
         raise RuntimeError(
-            f"{name}: a view that is part of the graph was taken before its memory was written in place; take the view again"
+            f"{name}: a view that is part of the graph was taken before its memory was written in place; "
+            "take the view again"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine import device as devices
+from gradengine import devices
 from gradengine.dtypes import get_default_dtype
 
 _PRECISION = 4
@@ -84,7 +84,7 @@ def _formatter(values: np.ndarray) -> tuple[Callable[[Any], str], int]:
 
 
 def _float_style(significant: np.ndarray) -> Callable[[float], str]:
-    """Choose between integers with a dot, fixed point and scientific notation, from the finite nonzero values."""
+    """Choose between integers with a dot, fixed point and scientific notation for these values."""
     magnitudes = np.abs(significant)
     largest, smallest = (magnitudes.max(), magnitudes.min()) if magnitudes.size else (0.0, 0.0)
     if np.all(magnitudes == np.ceil(magnitudes)):

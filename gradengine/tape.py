@@ -20,17 +20,18 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
-from gradengine import device as devices
+from gradengine import devices
 from gradengine.grad_mode import set_grad_enabled
 
-# One clock orders nodes and in-place writes alike: a saved value is stale if it was written after its node was made.
+# One clock orders nodes and in-place writes: a saved value is stale if written after its node was made.
 tick = itertools.count(1).__next__
 
-Edge = Any  # None, or (parent node, pullback, saved values); a pullback of None says that the values were freed
+# None, or (parent node, pullback, saved values); a pullback of None says that the values were freed.
+Edge = Any
 
 
 class Version:
-    """When a piece of memory was last written in place: one for a tensor, its views and its detached copies."""
+    """When a piece of memory was last written in place: shared by a tensor, its views and detached copies."""
 
     __slots__ = ("stamp",)
 
@@ -245,10 +246,10 @@ class Variable:
     ) -> None:
         """Add the gradient of this tensor to `grad` of every leaf that it depends on.
 
-        `gradient` has this tensor's shape and weighs its elements; only a tensor of one element can do without.
+        `gradient` has this tensor's shape and weighs its elements; a tensor of one element can do without.
         `retain_graph` keeps the saved values for another pass (default: as `create_graph`), `create_graph`
-        records the pass itself for higher derivatives, and `inputs` (a tensor or several) confines accumulation
-        to these. Raises RuntimeError where nothing requires a gradient or the graph was freed.
+        records the pass itself for higher derivatives, and `inputs` (a tensor or several) confines
+        accumulation to these. Raises RuntimeError where nothing requires a gradient or the graph was freed.
         """
         accumulate_gradients((self,), (gradient,), retain_graph, create_graph, inputs)
 
@@ -271,7 +272,7 @@ class Variable:
         self.version().stamp = tick()
 
 
-# ---- the walk -------------------------------------------------------------------------------------------------------
+# ---- the walk ------------------------------------------------------------------------------------
 
 
 def accumulate_gradients(
@@ -353,7 +354,7 @@ def _walk(
     create_graph: bool,
     targets: set[Node] | None,
 ) -> dict[Node, Any]:
-    """Run pullbacks newest node first. With `targets`, run what leads to them only and return their gradients."""
+    """Run pullbacks, newest node first. With `targets`, only what leads to them: return their gradients."""
     release = not (create_graph if retain_graph is None else retain_graph)
     needed = None if targets is None else _leading_to(targets, gradients)
     captured: dict[Node, Any] = {}
@@ -435,7 +436,7 @@ def _unpack(node: Node, saved: tuple[Any, ...], create_graph: bool) -> list[Any]
 
 
 def _run_hooks(node: Node, grad: Any) -> Any:
-    """Run the tensor hooks in order of registration, then keep the gradient where `retain_grad` asked for it."""
+    """Run the tensor hooks in order, then keep the gradient where `retain_grad` asked for it."""
     tensor = grad if isinstance(grad, Variable) else Variable.Result(grad)
     for hook in list((node.hooks or {}).values()):
         replacement = hook(tensor)

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine import device as devices
-from gradengine import dtypes
+from gradengine import devices, dtypes
 from gradengine.grad_mode import grad_mode
 from gradengine.ops import activation, conversion, elementwise, indexing, reduction, sorting
 from gradengine.ops import (
@@ -207,7 +206,10 @@ class Tensor(Variable):
         return self.array.__dlpack_device__()
 
     def item(self) -> Any:
-        """Return the only element as a Python number. Waits for the GPU. Raises RuntimeError for more or none."""
+        """Return the only element as a Python number. Waits for the GPU.
+
+        Raises RuntimeError if there are more, or none.
+        """
         if self.array.size != 1:
             raise RuntimeError(
                 f"item: a Tensor with {self.array.size} elements cannot be converted to Scalar"
@@ -221,7 +223,8 @@ class Tensor(Variable):
     def __bool__(self) -> builtins.bool:
         if self.array.size != 1:
             raise RuntimeError(
-                f"bool: Boolean value of Tensor with {self.array.size} elements is ambiguous; use any() or all()"
+                f"bool: Boolean value of Tensor with {self.array.size} elements is ambiguous; "
+                "use any() or all()"
             )
         return builtins.bool(self.array.item())
 
@@ -275,10 +278,8 @@ class Tensor(Variable):
                 "deepcopy: only Tensors created explicitly by the user (graph leaves) can be copied; "
                 "use tensor.detach() or tensor.clone()"
             )
-        duplicate = type(self).__new__(type(self))
-        Variable.__init__(duplicate, self.array.copy(order="K"))
+        duplicate = _rebuild(type(self), self.array.copy(order="K"), self.requires_grad)
         memo[id(self)] = duplicate
-        duplicate.requires_grad = self.requires_grad
         duplicate._grad = copy.deepcopy(self._grad, memo)
         return duplicate
 
@@ -350,7 +351,7 @@ class Tensor(Variable):
     # -- in place
 
     def _write(self, result: Any) -> Any:
-        """Put a result that was computed from this tensor into its memory, and take over its place on the tape."""
+        """Put a result computed from this tensor into its memory, and take over its place on the tape."""
         recorded = grad_mode.enabled and (self.requires_grad or result.requires_grad)
         if recorded:
             self._check_recorded_write()
@@ -519,8 +520,8 @@ def _names_device(argument: Any) -> bool:
     return isinstance(argument, str) and argument.partition(":")[0] in ("cpu", "cuda")
 
 
-def _rebuild(cls: type[Any], array: Any, requires_grad: bool) -> Any:
-    tensor = cls.__new__(cls)
+def _rebuild(cls: Any, array: Any, requires_grad: bool) -> Any:
+    tensor = object.__new__(cls)
     Variable.__init__(tensor, array)
     tensor.requires_grad = requires_grad
     return tensor

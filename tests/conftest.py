@@ -9,7 +9,7 @@ import hypothesis
 import numpy
 import pytest
 
-from gradengine.device import cuda_unavailable_reason, import_cupy
+from gradengine.devices import cuda_unavailable_reason, import_cupy
 
 # How long an example takes depends on what else the machine does: no test is about time.
 hypothesis.settings.register_profile("gradengine", hypothesis.settings(), deadline=None)

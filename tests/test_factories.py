@@ -61,7 +61,7 @@ def test_asarray_keeps_the_graph_and_says_when_it_must_copy():
 
 def test_from_numpy_takes_arrays_of_known_types():
     with pytest.raises(TypeError, match="must be a numpy.ndarray; got list"):
-        ge.from_numpy([1])
+        ge.from_numpy([1])  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="complex128"):
         ge.from_numpy(np.array([1j]))
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # A module belongs to the longest name here that it is or lies under, and imports its own layer or
 # lower ones. What stands under no name (gradengine itself, the command line) is above all.
 LAYERS = {
-    "gradengine.device": 0,
+    "gradengine.devices": 0,
     "gradengine.kernels": 0,
     "gradengine.dtypes": 1,
     "gradengine.grad_mode": 1,
@@ -33,15 +33,15 @@ LAYERS = {
     "gradengine.data": 5,
     "gradengine.models": 5,
     "gradengine.weights": 5,
-    "gradengine.examples": 6,
-    "gradengine": 7,
+    "gradengine": 6,
+    "gradengine.examples": 7,
     "gradengine.__main__": 7,
     "gradengine.doctor": 7,
 }
 
 # Who alone may import a package, as module names; nobody may import PyTorch.
 IMPORTERS = {
-    "cupy": ("gradengine.device", "gradengine.kernels.cuda"),
+    "cupy": ("gradengine.devices", "gradengine.kernels.cuda"),
     "cupyx": ("gradengine.kernels.cuda",),
     "numba": ("gradengine.kernels.cpu", "gradengine.doctor"),
     "torch": (),
@@ -133,7 +133,7 @@ def import_faults(module: str, source: str) -> list[str]:
 def upward(module: str, name: str) -> Iterator[str]:
     """Yield what is wrong with `module` importing `name` of gradengine."""
     target = module_of(name)
-    if module == "gradengine.device":
+    if module == "gradengine.devices":
         yield "device knows nothing of gradengine"
     elif layer(target) > layer(module):
         yield f"layer {layer(module)} imports layer {layer(target)}"
@@ -201,7 +201,7 @@ def test_top_level_holds_the_agreed_entries_only() -> None:
 
 
 def test_both_folders_are_read() -> None:
-    assert {"gradengine.device", "gradengine.kernels"} <= FILES.keys()
+    assert {"gradengine.devices", "gradengine.kernels"} <= FILES.keys()
     assert (ROOT / "gradengine" / "kernels").resolve() == ROOT / "kernels"
 
 
@@ -210,7 +210,7 @@ def test_both_folders_are_read() -> None:
     [
         ("gradengine.ops.shape", "from gradengine import Tensor", "layer 1 imports layer 7"),
         ("gradengine.ops.shape", "import gradengine.nn.linear", "layer 1 imports layer 4"),
-        ("gradengine.device", "import gradengine.kernels", "device knows nothing"),
+        ("gradengine.devices", "import gradengine.kernels", "device knows nothing"),
         ("gradengine.kernels.cpu.conv2d", "import gradengine.tape", "layer 0 imports layer 1"),
         ("gradengine.tape", "def f():\n    import gradengine.doctor", "layer 1 imports layer 7"),
         ("gradengine.nn.linear", "from . import module", "relative"),
@@ -232,10 +232,10 @@ def test_a_bad_import_is_found(module: str, source: str, fault: str) -> None:
     ("module", "source"),
     [
         ("gradengine.doctor", "import numba"),
-        ("gradengine.kernels.cpu.conv2d", "import numba.np\nfrom gradengine.device import CPU"),
+        ("gradengine.kernels.cpu.conv2d", "import numba.np\nfrom gradengine.devices import CPU"),
         ("gradengine.kernels.cuda.special", "from cupyx.scipy.special import erf"),
-        ("gradengine.nn.linear", "from gradengine import device\nimport numpy"),
-        ("gradengine", "from gradengine.device import device"),
+        ("gradengine.nn.linear", "from gradengine import devices\nimport numpy"),
+        ("gradengine", "from gradengine.devices import device"),
     ],
 )
 def test_a_good_import_is_no_fault(module: str, source: str) -> None:

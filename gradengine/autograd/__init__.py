@@ -1,8 +1,7 @@
-"""What users do with the tape: gradients as values, backward from several roots, grad modes, gradient checks."""
+"""What users do with the tape: gradients as values, backward from several roots, checks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from gradengine.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
@@ -25,10 +24,10 @@ __all__ = [
 ]
 
 
-def _as_sequence(name: str, value: Any, count: int | None = None) -> Sequence[Any]:
-    """Return one tensor, several, or None (for `count` of them) as a sequence."""
-    if value is None and count is not None:
-        return (None,) * count
+def _as_tuple(name: str, value: Any, count: int | None = None) -> tuple[Any, ...]:
+    """Return one tensor, several, or None (for `count` of them) as a tuple."""
+    if value is None:
+        return (None,) * (count or 0)
     values = (value,) if isinstance(value, Tensor) else tuple(value)
     if count is not None and len(values) != count:
         raise RuntimeError(f"{name}: got {count} tensors and {len(values)} gradients")
@@ -46,8 +45,8 @@ def backward(
 
     Both are one tensor or several; the rest is as in `Tensor.backward`.
     """
-    tensors = _as_sequence("backward", tensors)
-    seeds = _as_sequence("backward", grad_tensors, len(tensors))
+    tensors = _as_tuple("backward", tensors)
+    seeds = _as_tuple("backward", grad_tensors, len(tensors))
     accumulate_gradients(tensors, seeds, retain_graph, create_graph, inputs)
 
 
@@ -66,8 +65,8 @@ def grad(
     An input that the outputs do not depend on raises RuntimeError, or gives None with `allow_unused`, or
     zeros with `materialize_grads`.
     """
-    outputs, inputs = _as_sequence("grad", outputs), _as_sequence("grad", inputs)
-    seeds = _as_sequence("grad", grad_outputs, len(outputs))
+    outputs, inputs = _as_tuple("grad", outputs), _as_tuple("grad", inputs)
+    seeds = _as_tuple("grad", grad_outputs, len(outputs))
     found = gradients_of(outputs, inputs, seeds, retain_graph, create_graph)
     for position, (gradient, tensor) in enumerate(zip(found, inputs, strict=True)):
         if gradient is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine import device as devices
+from gradengine import devices
 from gradengine.dtypes import float64
 from gradengine.tape import gradients_of
 from gradengine.tensor import Tensor

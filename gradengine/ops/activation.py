@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradengine import kernels
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.operation import array_of, elementwise, operation
 from gradengine.ops import random
 from gradengine.ops.elementwise import erf, exp, sigmoid, tanh, where

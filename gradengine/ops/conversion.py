@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradengine import device as devices
+from gradengine import devices
 from gradengine.dtypes import as_dtype
 from gradengine.operation import array_of, cast, operation, sum_to_shape
 

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from gradengine import kernels
-from gradengine.device import array_module
-from gradengine.dtypes import result_type
+from gradengine.devices import array_module
+from gradengine.dtypes import bool_, result_type
 from gradengine.operation import array_of, conform, elementwise, operation, sum_to_shape
 from gradengine.tape import Variable
 
@@ -155,7 +155,7 @@ def _log_of(base: Any) -> Any:
 
 
 def pow(x: Any, exponent: Any) -> Any:
-    """Return x ** exponent, elementwise; either may be a number. The gradient by a zero base's exponent is 0."""
+    """Return x ** exponent, elementwise; either may be a number. The gradient by 0's exponent is 0."""
     number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
     if number and hasattr(x, "dtype") and (x.dtype.kind == "f" or isinstance(exponent, int)):
         if x.dtype.kind in "iu" and exponent < 0:
@@ -351,7 +351,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     The branch not chosen gets a zero gradient; where its own derivative is infinite, 0 * inf still makes
     nan: choose safe inputs first. Raises TypeError for a condition that is not bool.
     """
-    if getattr(condition, "dtype", None) != bool:
+    if getattr(condition, "dtype", None) != bool_:
         kind = getattr(condition, "dtype", type(condition).__name__)
         raise TypeError(
             f"where: condition must be a bool tensor (condition.dtype == bool); got {kind}"

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradengine import device as devices
-from gradengine.device import array_module
+from gradengine import devices
+from gradengine.devices import array_module
 from gradengine.operation import array_of, operation, sum_to_shape
 from gradengine.ops.conversion import to_dtype
 from gradengine.ops.shape import (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.operation import operation
 
 

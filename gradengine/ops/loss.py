@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.device import array_module
+from gradengine.devices import array_module, check_same_device
 from gradengine.operation import array_of, operation
 from gradengine.ops.activation import log_softmax, logsigmoid
 from gradengine.ops.elementwise import abs, square, where
@@ -104,10 +104,16 @@ def _class_scale(
 
 
 def _check_classes(name: str, input: Any, target: Any, weight: Any) -> None:
+    check_same_device(name, *[x for x in (array_of(input), target, weight) if x is not None])
     if input.dtype.kind != "f" or target.dtype.kind not in "iu":
         raise TypeError(
             f"{name}: input must be floating point and target integer class numbers; "
             f"got input.dtype={input.dtype}, target.dtype={target.dtype}"
+        )
+    if weight is not None and weight.dtype != input.dtype:
+        raise TypeError(
+            f"{name}: weight must have input's dtype (weight.dtype == input.dtype); "
+            f"got input.dtype={input.dtype}, weight.dtype={weight.dtype}"
         )
     shape = tuple(input.shape)
     if not shape or target.shape != (shape[:1] if len(shape) > 1 else ()) + shape[2:]:
@@ -116,11 +122,10 @@ def _check_classes(name: str, input: Any, target: Any, weight: Any) -> None:
             "(target.shape == input.shape[:1] + input.shape[2:]); "
             f"got input.shape={shape}, target.shape={target.shape}"
         )
-    if weight is not None and (weight.shape != shape[:2][-1:] or weight.dtype != input.dtype):
+    if weight is not None and weight.shape != shape[:2][-1:]:
         raise ValueError(
-            f"{name}: weight must have one element of input's dtype for each class; "
-            f"got input.shape={shape}, input.dtype={input.dtype}, "
-            f"weight.shape={weight.shape}, weight.dtype={weight.dtype}"
+            f"{name}: weight must have one element for each class (weight.shape == (classes,)); "
+            f"got input.shape={shape}, weight.shape={weight.shape}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.operation import operation, sum_to_shape
 from gradengine.ops.shape import reshape
 
@@ -299,14 +299,13 @@ def einsum(equation: str, *operands: Any) -> Any:
         later = output + "".join(effective[position + 1 :])
         others = later + "".join(effective[:position])
         kept = "".join(letter for letter in effective[position] if letter in others)
-        if kept != term:
-            x = _rearrange(x, letters=term, output=kept)  # noqa: PLW2901
+        part = _rearrange(x, letters=term, output=kept) if kept != term else x
         if result is None:
-            result, found = x, kept
+            result, found = part, kept
             continue
         both = "".join(letter for letter in dict.fromkeys(found + kept) if letter in later)
         both = output if position + 1 == len(operands) else both
-        result = _contract(result, x, x_letters=found, y_letters=kept, output=both)
+        result = _contract(result, part, x_letters=found, y_letters=kept, output=both)
         found = both
     return result if found == output else _rearrange(result, letters=found, output=output)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradengine import kernels
-from gradengine.device import array_module
+from gradengine.devices import array_module, check_same_device
 from gradengine.operation import array_of, operation, sum_to_shape
 from gradengine.ops.elementwise import rsqrt
 from gradengine.ops.reduction import mean, sum
@@ -128,6 +128,8 @@ def _check_batch_norm(x: Any, running_mean: Any, running_var: Any, training: boo
                 f"({name}.shape == x.shape[1:2]); got x.shape={shape}, "
                 f"{name}.shape={tuple(running.shape)}"
             )
+        if running is not None:
+            check_same_device("batch_norm", array_of(x), array_of(running))
     if training and shape[0] * math.prod(shape[2:]) == 1:
         raise ValueError(
             "batch_norm: Expected more than 1 value per channel when training, "

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.device import Device, device_of, to_device
+from gradengine.devices import Device, device_of, to_device
 from gradengine.operation import array_of
 
 _lock = threading.Lock()  # NumPy's generators are not safe for several threads at once
@@ -19,7 +19,7 @@ _generator: Any = None
 
 
 def _stream() -> Any:
-    global _generator  # noqa: PLW0603 - one stream for the process, made when first needed
+    global _generator
     if _generator is None:
         _generator = np.random.Generator(np.random.Philox())
     return _generator
@@ -27,7 +27,7 @@ def _stream() -> Any:
 
 def manual_seed(seed: int) -> None:
     """Start the process's random stream anew from `seed`, a non-negative integer."""
-    global _generator  # noqa: PLW0603
+    global _generator
     with _lock:
         _generator = np.random.Generator(np.random.Philox(seed))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.dtypes import get_default_dtype
 from gradengine.operation import cast, operation
 from gradengine.ops.conversion import to_dtype

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.dtypes import result_type
 from gradengine.operation import broadcast_to as _broadcast_to
 from gradengine.operation import cast, operation

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.operation import operation
 from gradengine.ops.indexing import ValuesIndices, pick_along
 from gradengine.ops.shape import normalized_dim, reshape

@@ -20,7 +20,7 @@ from gradengine.weights.safetensors_format import read_safetensors, write_safete
 from gradengine.weights.tree import map_tree
 
 if TYPE_CHECKING:
-    from gradengine.device import Device
+    from gradengine.devices import Device
 
 __all__ = [
     "WeightFileError",

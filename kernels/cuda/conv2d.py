@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.kernels.cuda.windows import pad, padded_shape, sum_dtype, taps, unpad, windows
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 

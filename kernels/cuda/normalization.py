@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.kernels.cuda.windows import sum_dtype
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 

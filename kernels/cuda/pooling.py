@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.kernels.cuda.windows import pad, padded_shape, sum_dtype, taps, unpad
 from gradengine.kernels.geometry import tap_positions, window_divisors
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradengine.device import array_module
+from gradengine.devices import array_module
 from gradengine.kernels.layout import Array
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ PAIRS = np.array([[0, 2, 1], [1, 1, 0]])
 GATHERED = np.array([[0, 3, 3, 1], [2, 2, 0, 0]])  # along dim 0 of (4, 5)
 
 
-def _indexed(note: str, index: Any, reference: Any = None) -> Case:
+def _indexed(note: str, index: Any, reference: Any = None, differentiable: bool = True) -> Case:
     """Return a row for x[index], in which NumPy arrays become the library's tensors."""
 
     def run(lib: Any, x: Any) -> Any:
@@ -24,7 +24,8 @@ def _indexed(note: str, index: Any, reference: Any = None) -> Case:
         made = [lib.tensor(item) if isinstance(item, np.ndarray) else item for item in items]
         return x[tuple(made) if isinstance(index, tuple) else made[0]]
 
-    return Case("getitem", run, (X,), reference or (lambda x: x[index]), note=note)
+    reference = reference or (lambda x: x[index])
+    return Case("getitem", run, (X,), reference, differentiable, note=note)
 
 
 BRACKETS = [
@@ -38,10 +39,10 @@ BRACKETS = [
     _indexed("None", (slice(None), None, 1, None, ...)),
     _indexed("mask", X > 0),
     _indexed("row mask", (slice(None), MASK)),
-    _indexed("no row", (slice(None), MASK & False)),
+    _indexed("no row", (slice(None), MASK & False), differentiable=False),
     _indexed("bool", True),
     _indexed("int tensor", PLACES[:3]),
-    _indexed("int8 tensor", np.array([2, 0, 1], dtype=np.int8)),
+    _indexed("int8 tensor", np.array([2, 0, 1], dtype=np.int8))._replace(in_torch=False),
     _indexed("2-D tensor", PAIRS),
     _indexed("list", [0, 2, 2]),
     _indexed("0-d tensor", (slice(None), np.array(2)), lambda x: x[:, 2]),
@@ -56,30 +57,24 @@ BRACKETS = [
         (None, PLACES[:3], slice(1, 3), None),
         lambda x: x[PLACES[:3], 1:3][None, :, :, None],
     ),
-    _indexed("no place", (slice(None), []), lambda x: x[:, :0]),
+    _indexed("no place", (slice(None), []), lambda x: x[:, :0], differentiable=False),
 ]
 
 
 def _written(note: str, index: Any, shape: tuple[int, ...]) -> Case:
+    """Return a row for x[index] = value, done to a copy."""
+
+    def run(lib: Any, x: Any, value: Any) -> Any:
+        out = x.clone()
+        items = index if isinstance(index, tuple) else (index,)
+        out[tuple(lib.tensor(i) if isinstance(i, np.ndarray) else i for i in items)] = value
+        return out
+
     def reference(x: Any, value: Any) -> Any:
         x[index] = value
         return x
 
-    def torch(torch: Any, x: Any, value: Any) -> Any:
-        x = x.clone()
-        items = index if isinstance(index, tuple) else (index,)
-        made = tuple(torch.tensor(i) if isinstance(i, np.ndarray) else i for i in items)
-        x[made] = value
-        return x
-
-    return Case(
-        "setitem",
-        lambda lib, x, value: lib.setitem(x, index, value),
-        (X, normal(*shape)),
-        reference,
-        torch=torch,
-        note=note,
-    )
+    return Case("setitem", run, (X, normal(*shape)), reference, note=note)
 
 
 WRITING = [
@@ -93,6 +88,18 @@ WRITING = [
     _written("apart", (np.array([2, 0]), slice(None), np.array([1, 4])), (2, 4)),
     _written("one element", (0, 1, 2), ()),
 ]
+
+
+def _scattered(x: Any, index: Any, src: Any) -> Any:
+    for place, chosen in np.ndenumerate(index):
+        x[chosen, place[1]] = src[place]
+    return x
+
+
+def _scatter_added(x: Any, index: Any, src: Any) -> Any:
+    for place, chosen in np.ndenumerate(index):
+        x[place[0], chosen] += src[place]
+    return x
 
 
 GATHERING = [
@@ -133,8 +140,16 @@ GATHERING = [
     Case(
         "scatter",
         lambda lib, x, index, src: lib.scatter(x, 0, index, src),
-        (ROWS, np.array([[0, 3, 3, 1], [2, 2, 0, 0]]), normal(3, 4)),
-        torch=lambda torch, x, index, src: torch.scatter(x, 0, index, src),
+        (ROWS, GATHERED, normal(2, 4)),
+        _scattered,
+    ),
+    Case(
+        "scatter",
+        lambda lib, x, index, src: lib.scatter(x, 0, index, src),
+        (ROWS, GATHERED, normal(3, 5)),
+        _scattered,
+        in_torch=False,  # its backward fails where src is larger than index
+        note="larger source",
     ),
     Case(
         "scatter",
@@ -145,7 +160,16 @@ GATHERING = [
     Case(
         "scatter_add",
         lambda lib, x, index, src: lib.scatter_add(x, 1, index, src),
-        (ROWS, GATHERED, normal(2, 5)),
+        (ROWS, GATHERED, normal(2, 4)),
+        _scatter_added,
+    ),
+    Case(
+        "scatter_add",
+        lambda lib, x, index, src: lib.scatter_add(x, 1, index, src),
+        (ROWS, GATHERED, normal(3, 5)),
+        _scatter_added,
+        in_torch=False,
+        note="larger source",
     ),
     Case(
         "index_add",

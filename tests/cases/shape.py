@@ -286,10 +286,9 @@ COPIES = [
     Case("clone", lambda lib, x: lib.clone(x), (X,), np.copy),
     Case(
         "contiguous",
-        lambda lib, x: lib.contiguous(lib.transpose(x, 0, 1)),
+        lambda lib, x: x.transpose(0, 1).contiguous(),
         (X,),
         lambda x: x.swapaxes(0, 1),
-        torch=lambda torch, x: x.transpose(0, 1).contiguous(),
     ),
 ]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradengine import kernels
-from gradengine.device import import_cupy
+from gradengine.devices import import_cupy
 
 CUDA_FAMILIES = {
     "conv2d": ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"),

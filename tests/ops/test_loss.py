@@ -102,7 +102,9 @@ def test_class_losses_check_their_arguments(loss):
         loss(scores(), classes(0, 1, 2), weight=np.ones(3, np.float32))
     with pytest.raises(TypeError, match=r"must be floating point.*dtype=int64"):
         loss(classes(0, 1, 2), classes(0))
-    with pytest.raises(TypeError, match=f"{name}: .*target.dtype=bool"):
+    with pytest.raises(TypeError, match=rf"{name}: weight must have input's dtype .*float64"):
+        loss(scores(), classes(0, 1, 2), weight=np.ones(4))
+    with pytest.raises(TypeError, match=rf"{name}: .*target\.dtype=bool"):
         loss(scores(), np.ones(3, bool))
 
 
@@ -141,3 +143,11 @@ def test_losses_at_no_distance_have_no_gradient():
         x = scores(requires_grad=True)
         loss(x, scores()).backward()
         assert not x.grad.numpy().any()
+
+
+@pytest.mark.gpu
+def test_cuda_targets_must_be_on_the_scores_device_and_wrong_ones_give_nan():
+    with pytest.raises(TypeError, match=r"cross_entropy: .*one device"):
+        cross_entropy(scores().cuda(), classes(0, 1, 2))
+    loss = cross_entropy(scores().cuda(), classes(0, 5, 2).cuda(), reduction="none")
+    np.testing.assert_array_equal(np.isnan(loss.cpu().numpy()), [False, True, False])

@@ -147,3 +147,9 @@ def test_layer_norm_checks_dtypes():
         layer_norm(np.ones((2, 3), np.float32), 3, np.ones(3))
     with pytest.raises(TypeError, match=r"layer_norm: .*x\.dtype=int64"):
         layer_norm(np.ones((2, 3), np.int64), 3)
+
+
+@pytest.mark.gpu
+def test_running_statistics_must_be_on_the_inputs_device():
+    with pytest.raises(TypeError, match=r"batch_norm: .*one device"):
+        batch_norm(tensor(4, 3).cuda(), tensor(3), tensor(3), training=True)

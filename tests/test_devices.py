@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradengine.device import (
+from gradengine.devices import (
     Device,
     _initial_default,
     array_module,
@@ -30,8 +30,7 @@ from gradengine.device import (
     to_device,
 )
 
-# `gradengine.device` may be the function of that name.
-MODULE = sys.modules["gradengine.device"]
+MODULE = sys.modules["gradengine.devices"]
 
 
 class FakeArray:
@@ -60,7 +59,7 @@ class OutOfMemoryError(MemoryError):
 
 
 class FakeCupy(ModuleType):
-    """The part of CuPy that gradengine.device uses, with two GPUs and copies in C order."""
+    """The part of CuPy that gradengine.devices uses, with two GPUs and copies in C order."""
 
     ndarray = FakeArray
 
@@ -433,7 +432,7 @@ class TestRealGpu:
 
 
 def test_importing_asks_nothing_of_the_machine() -> None:
-    code = "import sys, gradengine.device; print('cupy' in sys.modules)"
+    code = "import sys, gradengine.devices; print('cupy' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

@@ -1,0 +1,3 @@
+"""The operations, where PyTorch's users look for them: `import gradengine.nn.functional as F`."""
+
+from gradengine.functional import *
