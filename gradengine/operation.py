@@ -260,18 +260,26 @@ def array_of(value: Any) -> Any:
 
 
 def _unary(op: Operation, floating: bool) -> Callable[..., Any]:
-    general = _general(op)
-    if not floating:
-        return general
+    """Spell out the general case for one input: with `_binary`, the path of every small operation."""
+    forward = op.forward
 
     def apply(x: Any, **attributes: Any) -> Any:
-        if not hasattr(x, "dtype"):
-            raise TypeError(
-                f"{op.name}: input must be a Tensor or an array; got {type(x).__name__}"
-            )
-        if x.dtype.kind != "f":
-            x = cast(x, dtype=get_default_dtype())
-        return general(x, **attributes)
+        a = x.array if isinstance(x, Variable) else x
+        if type(a) is _ndarray and (not floating or a.dtype.kind == "f"):
+            out = forward(a, **attributes)
+        else:
+            x = _conform_one(op.name, x, floating)
+            out = _call(op, (array_of(x),), attributes)
+        if not isinstance(x, Variable):
+            return out
+        if x.node is None or not op.rules or not grad_mode.enabled:
+            return Variable.Result(out)
+        node = Node(op.label, out.shape, out.dtype)
+        result = Variable.Result(out, node)
+        if op.saves_output:
+            out = SavedOutput(result.array, result.version())
+        node.edges = (_elementwise_edge(op, 0, (x,), node.shape, out, attributes),)
+        return result
 
     return apply
 
@@ -304,10 +312,9 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
         result = Variable.Result(out, node)
         if op.saves_output:
             out = SavedOutput(result.array, result.version())
-        rule_x, rule_y = op.rule_list
         node.edges = (
-            node_x and _elementwise_edge(op, rule_x, x, node_x, (x, y), out, shape),
-            node_y and _elementwise_edge(op, rule_y, y, node_y, (x, y), out, shape),
+            node_x and _elementwise_edge(op, 0, (x, y), shape, out, None),
+            node_y and _elementwise_edge(op, 1, (x, y), shape, out, None),
         )
         return result
 
@@ -315,14 +322,17 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
 
 
 def _elementwise_edge(
-    op: Operation, rule: Any, x: Any, node: Node, inputs: Any, out: Any, shape: Any
+    op: Operation, place: int, inputs: tuple[Any, ...], shape: Any, out: Any, attributes: Any
 ) -> Any:
+    rule, x = op.rule_list[place], inputs[place]
+    if rule is None:
+        return None
     if x._base is not None:
         _check_view(op.name, x)
-    pullback = rule.pullback
+    pullback, keep, node = rule.pullback, rule.keep, x.node
     if node.shape != shape:
         pullback = functools.partial(_unbroadcast, pullback, node.shape)
-    return node, pullback, rule.keep(inputs, out, None, None) if rule.keep is not None else ()
+    return node, pullback, keep(inputs, out, None, attributes) if keep is not None else ()
 
 
 def _unbroadcast(
@@ -360,9 +370,18 @@ def cast(x, *, dtype):
 cast.pullbacks(x=lambda grad, x_dtype: cast(grad, dtype=x_dtype))
 
 
+def _conform_one(name: str, x: Any, floating: bool) -> Any:
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name}: input must be a Tensor or an array; got {type(x).__name__}")
+    return cast(x, dtype=get_default_dtype()) if floating and x.dtype.kind != "f" else x
+
+
 def conform(name: str, x: Any, y: Any, floating: bool = False) -> tuple[Any, Any]:
     """Bring the arrays among x and y to their common dtype; Python numbers stay as they are."""
-    values = [value.item() if isinstance(value, np.generic) else value for value in (x, y)]
+    # A NumPy scalar beside an array is a number; in an ordinary backward it stands for a 0-d array.
+    alone = not any(isinstance(value, Variable) or getattr(value, "shape", ()) for value in (x, y))
+    scalar = np.asarray if alone else np.generic.item
+    x, y = values = [scalar(v) if isinstance(v, np.generic) else v for v in (x, y)]
     arrays = [hasattr(value, "dtype") for value in values]
     for value, is_array in zip(values, arrays, strict=True):
         if not is_array and not isinstance(value, (bool, int, float)):

@@ -148,10 +148,15 @@ def erf(x: Array) -> Array:
     return _module("erf", "special", x=x).erf(x)
 
 
+def relu_grad(grad: Array, out: Array) -> Array:
+    """Give grad where `out`, the result of relu, is not 0, and 0 elsewhere, for any shape."""
+    return _module("relu_grad", "activation", grad=grad, out=out).relu_grad(grad, out)
+
+
 def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     """Give the module of a family of kernels for arrays of one kind and one dtype."""
     first = next(iter(arrays.values()))
-    place = "cpu" if isinstance(first, np.ndarray) else "cuda"
+    place = "cpu" if isinstance(first, np.ndarray | np.generic) else "cuda"
     dtype = first.dtype
     if dtype not in _DTYPES[place] or any(array.dtype != dtype for array in arrays.values()):
         allowed = " or ".join(str(known) for known in _DTYPES[place])

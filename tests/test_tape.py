@@ -568,3 +568,24 @@ def test_backward_from_several_threads():
         thread.join()
     sys.setswitchinterval(interval)
     assert results == [[4.0]] * 4
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda a, b: ge.maximum(a, b) * 2,
+        lambda a, b: ge.where(a > b, a, b) * 2,
+        lambda a, b: (a * b).relu() * 2,
+        lambda a, b: ge.clamp(a * b, min=-1) * 2,
+        lambda a, b: a**b * 2,
+        lambda a, b: (a / b).abs().sqrt() * 2,
+    ],
+)
+def test_backward_through_0_d_tensors(run):
+    a, b = (ge.tensor(v, requires_grad=True) for v in (2.0, 1.5))
+    wide = [ge.tensor([v], requires_grad=True) for v in (2.0, 1.5)]
+    run(a, b).backward()
+    run(*wide).backward()
+    for narrow, one in zip((a, b), wide, strict=True):
+        assert narrow.grad.shape == ()
+        assert narrow.grad.item() == one.grad.item()

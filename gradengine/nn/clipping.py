@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
+
 from gradengine.devices import array_module
 from gradengine.factories import tensor
 from gradengine.tensor import Tensor
@@ -36,6 +38,7 @@ def clip_grad_norm_(
         )
     scale = xp.minimum(max_norm / (norm + 1e-6), 1)
     for gradient in gradients:
-        gradient.array *= scale
+        with np.errstate(invalid="ignore"):  # an infinite norm makes inf * 0
+            gradient.array *= scale
         gradient.written()
     return Tensor(norm)

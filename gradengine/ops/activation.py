@@ -21,25 +21,16 @@ from gradengine.ops.shape import normalized_dim
 @elementwise
 def relu(x):
     """Return max(x, 0); nan stays nan. The derivative at 0 is 0."""
-    out = array_module(x).maximum(x, 0)
-    out += 0  # -0.0 becomes 0.0
-    return out
+    return array_module(x).maximum(x, 0)
 
 
 @operation(label="ThresholdBackward0")
-def _where_positive(grad, *, gate):
-    """Return grad where `gate` is not <= 0, and 0 elsewhere.
-
-    Whole words are masked by their bits: six times as fast as where() on random masks, and unlike a
-    product exact for an infinite gradient.
-    """
-    words = np.dtype(f"i{grad.itemsize}")
-    mask = (gate <= 0).astype(words) - 1  # all bits set where grad passes
-    return (grad.view(words) & mask).view(grad.dtype)
+def _relu_grad(grad, *, gate):
+    return kernels.relu_grad(grad, gate)
 
 
-relu.pullbacks(x=lambda grad, out: _where_positive(grad, gate=array_of(out)))
-_where_positive.pullbacks(grad=lambda grad, gate: _where_positive(grad, gate=gate))
+relu.pullbacks(x=lambda grad, out: _relu_grad(grad, gate=array_of(out)))
+_relu_grad.pullbacks(grad=lambda grad, gate: _relu_grad(grad, gate=gate))
 
 
 @elementwise(floating=True)

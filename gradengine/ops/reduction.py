@@ -490,7 +490,7 @@ def norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False) -> Any:
     dims = _reduced_dims("norm", dim, x.ndim)
     if p == "fro":
         p = 2
-    if isinstance(p, str):
+    if not isinstance(p, int | float):
         raise ValueError(f'norm: p must be a number or "fro"; got p={p!r}')
     if p == math.inf:
         return amax(abs(x), dims, keepdim)

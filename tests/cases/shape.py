@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tests.cases import Case, normal
@@ -248,7 +250,7 @@ DIAGONALS = [
 ]
 
 
-def _padded(note: str, widths: tuple[int, ...], mode: str, numpy_mode: str) -> Case:
+def _padded(note: str, widths: tuple[int, ...], mode: str, numpy_mode: Any) -> Case:
     pairs = list(zip(widths[::2], widths[1::2], strict=True))[::-1]
     return Case(
         "pad",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -59,7 +61,7 @@ def test_no_images_make_no_batches() -> None:
 
 def test_each_epoch_shows_every_image_once_in_its_own_order() -> None:
     loader = DataLoader(numbered(20), batch_size=7, shuffle=True, seed=3)
-    epochs = [sum(labels_of(loader), []) for _ in range(4)]
+    epochs = [[*chain.from_iterable(labels_of(loader))] for _ in range(4)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert loader.epoch == 4

@@ -12,6 +12,7 @@ from gradengine import kernels
 from gradengine.devices import import_cupy
 
 CUDA_FAMILIES = {
+    "activation": ("relu_grad",),
     "conv2d": ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"),
     "pooling": (
         "max_pool2d",
@@ -23,6 +24,8 @@ CUDA_FAMILIES = {
     "normalization": ("batch_norm", "batch_norm_grad", "scale_shift"),
     "special": ("erf",),
 }
+
+ELEMENTWISE = ("erf", "relu_grad")  # these keep the layout they are given
 
 
 class Place:
@@ -37,7 +40,7 @@ class Place:
         several = isinstance(results, tuple)
         for result in results if several else (results,):
             assert result.dtype == (np.int32 if result.dtype.kind == "i" else dtype)
-            if result.ndim == 4 and kernel != "erf":
+            if result.ndim == 4 and kernel not in ELEMENTWISE:
                 assert result.transpose(0, 2, 3, 1).flags.c_contiguous
         return tuple(map(self._take, results)) if several else self._take(results)
 

@@ -231,8 +231,8 @@ def test_the_third_derivative_of_a_product_with_three_zeros() -> None:
 def test_derivatives_of_strided_inputs() -> None:
     x = tensor(np.random.default_rng(0).normal(size=(3, 4, 2)), requires_grad=True)
     for function in (ops.sum, ops.mean, ops.var, ops.std, ops.norm, ops.prod):
-        assert gradcheck(lambda x, f=function: f(x.permute(2, 0, 1)[:, ::2], (0, 2)), [x])
-        assert gradgradcheck(lambda x, f=function: f(x.transpose(0, 2), 1), [x])
+        assert gradcheck(lambda x, f=function: f(x.permute(2, 0, 1)[:, ::2], dim=(0, 2)), [x])
+        assert gradgradcheck(lambda x, f=function: f(x.transpose(0, 2), dim=1), [x])
 
 
 def test_scalars_reduce_to_scalars() -> None:

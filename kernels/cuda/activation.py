@@ -1,0 +1,11 @@
+"""Gradients of activations."""
+
+from __future__ import annotations
+
+from gradengine.devices import array_module
+from gradengine.kernels.layout import Array
+
+
+def relu_grad(grad: Array, out: Array) -> Array:
+    xp = array_module(grad)
+    return xp.where(out == 0, xp.zeros((), grad.dtype), grad)
