@@ -110,7 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = "nothing was saved yet"
         if (Path(given.out) / CHECKPOINT).exists():
-            again = f"go on with: {COMMAND} --resume --out {shlex.quote(given.out)}"
+            device = ["--device", given.device] if given.device else []
+            again = f"go on with: {COMMAND} {shlex.join(['--resume', '--out', given.out, *device])}"
         print(f"finetune: interrupted; {again}", file=sys.stderr)
         return 130
     except (BadInputError, data.DataError, OSError) as error:
@@ -377,6 +378,7 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
             points = [e for e in history if e["stage"] == stage and name in e]
             axes.plot([e["epoch"] for e in points], [e[name] for e in points], "o-", label=stage)
         axes.set(xlabel="epoch", ylabel=name)
+        axes.locator_params(axis="x", integer=True)
         axes.legend()
     with replacing(path) as partial:
         figure.savefig(partial, format="png")

@@ -47,8 +47,9 @@ class _Convolution(Module):
         self.padding = padding if isinstance(padding, str) else self._for_each_axis(padding)
         self.dilation = self._for_each_axis(dilation)
         self.groups = groups
-        shape = (out_channels, in_channels // groups, *self.kernel_size)
-        self.weight = Parameter(empty(shape, device=device, dtype=dtype))
+        # Channels-last in memory: as the kernels take it, and as they give its gradient.
+        memory = (out_channels, *self.kernel_size, in_channels // groups)
+        self.weight = Parameter(empty(memory, device=device, dtype=dtype).movedim(-1, 1))
         self.register_parameter(
             "bias", Parameter(empty(out_channels, device=device, dtype=dtype)) if bias else None
         )

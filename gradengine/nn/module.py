@@ -364,7 +364,7 @@ class Module:
     def _freeze_own(self, frozen: bool) -> None:
         """Freeze or unfreeze what belongs to this module alone."""
         for parameter in self.parameters(recurse=False):
-            parameter.requires_grad = not frozen
+            parameter.requires_grad = not frozen and parameter.is_floating_point()
             if frozen:
                 parameter.grad = None  # an optimizer would go on stepping along it
 

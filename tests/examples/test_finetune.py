@@ -58,7 +58,10 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 def run(*arguments: str | Path) -> str:
     """Run the program to its end and return what it printed."""
     process = start(*arguments)
-    output, errors = process.communicate(timeout=250)
+    try:
+        output, errors = process.communicate(timeout=280)
+    finally:
+        process.kill()
     assert (process.returncode, errors) == (0, "")
     return output
 
@@ -169,7 +172,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
         assert process.poll() is None, process.communicate()
     process.send_signal(signal_number)
     _, errors = process.communicate(timeout=100)
-    resume = f"--resume --out {shlex.quote(str(out))}"
+    resume = f"--resume --out {shlex.quote(str(out))} --device cpu"
     if signal_number == signal.SIGINT:
         command = f"python -m gradengine.examples.finetune {resume}"
         assert errors == f"finetune: interrupted; go on with: {command}\n"

@@ -93,7 +93,8 @@ def test_a_file_of_something_else_is_refused(tmp_path, content):
 def test_a_missing_file_is_named_in_one_line():
     with pytest.raises(
         FileNotFoundError,
-        match=r'resnet18: weights must be a known name \("IMAGENET1K_V1", "DEFAULT"\) or the path of a file that exists; got weights=\'nowhere.pth\'',
+        match=r'must be a known name \("IMAGENET1K_V1", "DEFAULT"\) or the path of a file that exists; '
+        "got weights='nowhere.pth'",
     ) as caught:
         models.resnet18("nowhere.pth")
     assert "\n" not in str(caught.value)
@@ -101,7 +102,7 @@ def test_a_missing_file_is_named_in_one_line():
 
 def test_other_depths_say_that_they_have_no_download():
     with pytest.raises(
-        FileNotFoundError, match="resnet50: .* none, since no download is known for this model"
+        FileNotFoundError, match="resnet50: .*none, since no download is known for this model"
     ):
         models.resnet50("DEFAULT")
     with pytest.raises(

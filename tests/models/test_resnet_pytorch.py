@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from gradengine import models, optim
 
 torch = pytest.importorskip("torch")
 
-from tests.models.torch_resnet import resnet  # noqa: E402 - needs torch
+from tests.models.torch_resnet import resnet  # noqa: E402 - it skips without torch
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,9 @@ def batch(count, size, seed=0):
 
 
 def relative(ours, theirs):
-    """Return the largest difference as a share of the largest value."""
-    ours, theirs = ours.detach().array, theirs.detach().numpy()
-    return abs(ours - theirs).max() / max(abs(theirs).max(), 1e-12)
+    """Return the distance as a share of the length of `theirs`."""
+    ours, theirs = ours.detach().array.astype(float), theirs.detach().double().numpy()
+    return np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-12)
 
 
 def test_the_file_gives_every_tensor(pair):
@@ -73,24 +74,39 @@ def test_structure_at_every_depth(depth):
     assert repr(ours) == repr(theirs).replace("affine=True, bias=True", "affine=True")
 
 
+# In float32 a rectifier's input near 0 may round to the other side, in either of the two libraries: that
+# turns one pixel's gradient on or off. In float64 that does not happen, and so all must agree closely.
+GRADIENT_TOLERANCE = {"float32": 2e-2, "float64": 1e-10}
+LOGIT_TOLERANCE = {"float32": 1e-4, "float64": 1e-11}
+
+
 @pytest.mark.parametrize(
-    ("count", "size", "training"), [(2, 64, True), (2, 64, False), (1, 224, True), (2, 224, False)]
+    ("count", "size", "training", "dtype"),
+    [
+        (2, 64, True, "float32"),
+        (2, 64, False, "float32"),
+        (2, 64, True, "float64"),
+        (2, 64, False, "float64"),
+        (1, 224, True, "float64"),
+        (2, 224, False, "float32"),
+    ],
 )
-def test_logits_gradients_and_statistics(pair, count, size, training):
-    theirs, ours = (model.train(training) for model in pair)
+def test_logits_gradients_and_statistics(pair, count, size, training, dtype):
+    theirs, ours = pair
+    theirs.to(getattr(torch, dtype)).train(training)
+    ours.to(dtype).train(training)
     images, labels = batch(count, size)
-    x = ge.tensor(images, requires_grad=True)
-    x_theirs = torch.tensor(images, requires_grad=True)
+    x = ge.tensor(images.astype(dtype), requires_grad=True)
+    x_theirs = torch.tensor(images.astype(dtype), requires_grad=True)
     logits, logits_theirs = ours(x), theirs(x_theirs)
-    np.testing.assert_allclose(
-        logits.detach().array, logits_theirs.detach().numpy(), rtol=0, atol=1e-4
-    )
+    difference = abs(logits.detach().array - logits_theirs.detach().numpy()).max()
+    assert difference < LOGIT_TOLERANCE[dtype]
     F.cross_entropy(logits, ge.tensor(labels)).backward()
     torch.nn.functional.cross_entropy(logits_theirs, torch.tensor(labels)).backward()
     parameters = dict(theirs.named_parameters())
-    worst = {name: relative(p.grad, parameters[name].grad) for name, p in ours.named_parameters()}
-    worst["x"] = relative(x.grad, x_theirs.grad)
-    assert max(worst.values()) < 1e-3, max(worst, key=worst.__getitem__)
+    found = {name: relative(p.grad, parameters[name].grad) for name, p in ours.named_parameters()}
+    found["x"] = relative(x.grad, x_theirs.grad)
+    assert max(found.values()) < GRADIENT_TOLERANCE[dtype], max(found, key=found.__getitem__)
     buffers = dict(theirs.named_buffers())
     for name, buffer in ours.named_buffers():
         assert relative(buffer, buffers[name]) < 1e-5, name
@@ -98,26 +114,23 @@ def test_logits_gradients_and_statistics(pair, count, size, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_five_steps_of_sgd(pair, training):
-    theirs, ours = (model.train(training) for model in pair)
-    options = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 1e-4}
+    theirs, ours = (model.double().train(training) for model in pair)
+    options: dict[str, Any] = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 1e-4}
     optimizer = optim.SGD(ours.parameters(), **options)
     optimizer_theirs = torch.optim.SGD(theirs.parameters(), **options)
     for step in range(5):
-        images, labels = batch(4, 64, step)
+        images, labels = batch(2, 64, step)
+        images = images.astype(float)
         optimizer.zero_grad()
-        loss = F.cross_entropy(ours(ge.tensor(images)), ge.tensor(labels))
-        loss.backward()
+        F.cross_entropy(ours(ge.tensor(images)), ge.tensor(labels)).backward()
         optimizer.step()
         optimizer_theirs.zero_grad()
-        loss_theirs = torch.nn.functional.cross_entropy(
-            theirs(torch.tensor(images)), torch.tensor(labels)
-        )
-        loss_theirs.backward()
+        logits = theirs(torch.tensor(images))
+        torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
         optimizer_theirs.step()
-        assert loss.item() == pytest.approx(loss_theirs.item(), rel=1e-3)
     state = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
-        assert relative(tensor, state[name]) < 5e-3, name
+        assert relative(tensor, state[name]) < 1e-8, name
 
 
 def test_trained_weights_go_back_to_pytorch(pair, tmp_path):

@@ -76,7 +76,7 @@ def test_module_dict():
     assert "c" not in table
     assert len(table) == 2
     assert [key for key, _ in table.items()] == ["a", "b"]
-    assert list(table.values())[0] is table["a"]
+    assert next(iter(table.values())) is table["a"]
     assert [name for name, _ in table.named_parameters()] == ["b.weight", "b.bias"]
     table["c"] = Add(3)
     table.update({"a": Add(10)})

@@ -74,6 +74,13 @@ def test_unfreeze_undoes_it():
     assert set(moved(before, model)) >= {"1.running_mean", "1.num_batches_tracked", "0.weight"}
 
 
+def test_integer_parameters_never_train():
+    layer = nn.Identity()
+    layer.table = nn.Parameter(ge.arange(3), requires_grad=False)
+    layer.freeze().unfreeze()
+    assert not layer.table.requires_grad
+
+
 def test_freeze_drops_gradients_that_an_optimizer_would_follow():
     model = net()
     optimizer = optim.SGD(model.parameters(), lr=0.1)
@@ -129,7 +136,7 @@ def test_the_warning_names_layers_from_the_outermost_module_that_is_called():
     with pytest.warns(UserWarning, match=r"statistics: model\.1, model\.2\.1;"):
         trainer(batch())
     other = nn.Sequential(nn.BatchNorm2d(2)).requires_grad_(False)
-    trainer.forward = lambda x: other(x)  # called inside trainer, but no part of it
+    trainer.forward = other.__call__  # called inside trainer, but no part of it
     with pytest.warns(UserWarning, match="statistics: 0;"):
         trainer(batch())
     with pytest.warns(UserWarning, match="statistics: BatchNorm2d;"):
@@ -206,8 +213,9 @@ def test_audit_as_a_block():
         nn.audit_frozen(model),
     ):
         model[4].bias.array += 1
-    with pytest.raises(KeyError), nn.audit_frozen(model):  # an error inside is not hidden
-        model[4].bias.array += 1
+    audit = nn.audit_frozen(model)
+    model[4].bias.array += 1
+    with pytest.raises(KeyError), audit:  # an error inside is not hidden
         raise KeyError
 
 

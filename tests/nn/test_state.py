@@ -101,7 +101,8 @@ FAULTS = {
     ),
     "shape": (
         {"2_weight": ge.ones((5, 4), device="cpu")},
-        r"size mismatch for 2.weight: copying a param with shape \(5, 4\) from checkpoint, the shape in current model is \(2, 4\)",
+        r"size mismatch for 2.weight: copying a param with shape \(5, 4\) from checkpoint, "
+        r"the shape in current model is \(2, 4\)",
     ),
     "broadcast": (
         {"0_bias": ge.ones((1,), device="cpu")},

@@ -72,10 +72,10 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_five_steps(name, options):
-    made = pair(name, options)
+    ours, theirs, optimizer, optimizer_theirs = pair(name, options)
     for seed in range(5):
-        step_both(*made, seed)
-        assert_equal(*made[:2])
+        step_both(ours, theirs, optimizer, optimizer_theirs, seed)
+        assert_equal(ours, theirs)
 
 
 STATEFUL = [
@@ -87,10 +87,9 @@ STATEFUL = [
 
 @pytest.mark.parametrize(("name", "options"), STATEFUL)
 def test_state_from_pytorch_through_a_file(name, options, tmp_path):
-    made = pair(name, options)
+    ours, theirs, optimizer, optimizer_theirs = pair(name, options)
     for seed in range(3):
-        step_both(*made, seed)
-    ours, theirs, optimizer, optimizer_theirs = made
+        step_both(ours, theirs, optimizer, optimizer_theirs, seed)
     torch.save(optimizer_theirs.state_dict(), tmp_path / "state.pth")
     fresh = getattr(optim, name)([{"params": ours[:2]}, {"params": ours[2:]}])
     fresh.load_state_dict(ge.load(tmp_path / "state.pth"))
@@ -100,10 +99,9 @@ def test_state_from_pytorch_through_a_file(name, options, tmp_path):
 
 @pytest.mark.parametrize(("name", "options"), STATEFUL)
 def test_state_to_pytorch_through_a_file(name, options, tmp_path):
-    made = pair(name, options)
+    ours, theirs, optimizer, optimizer_theirs = pair(name, options)
     for seed in range(3):
-        step_both(*made, seed)
-    ours, theirs, optimizer, _ = made
+        step_both(ours, theirs, optimizer, optimizer_theirs, seed)
     ge.save(optimizer.state_dict(), tmp_path / "state.pth")
     fresh = getattr(torch.optim, name)([{"params": theirs[:2]}, {"params": theirs[2:]}])
     fresh.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))

@@ -270,7 +270,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     wrong["param_groups"] = [dict(group, lr=99.0) for group in saved["param_groups"]]
     with pytest.raises(
         ValueError,
-        match=r"doesn't fit its parameter; got state\[0\]\['momentum_buffer'\].shape=\(5,\), parameter.shape=\(2,\)",
+        match=r"got state\[0\]\['momentum_buffer'\].shape=\(5,\), parameter.shape=\(2,\)",
     ):
         optimizer.load_state_dict(wrong)
     assert optimizer.param_groups[0]["lr"] == 1e-3
@@ -278,7 +278,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
 
 
 def test_state_survives_a_file(tmp_path):
-    made, optimizer = trained(lambda p, **o: optim.Adam(p, **o), 2)
+    made, optimizer = trained(optim.Adam, 2)
     ge.save(optimizer.state_dict(), tmp_path / "optimizer.pth")
     others, resumed = trained(optim.Adam, 2)
     resumed.load_state_dict(ge.load(tmp_path / "optimizer.pth"))

@@ -1,1 +1,0 @@
-from gradengine.devices import *
