@@ -56,9 +56,11 @@ def test_peak_memory(torch: Any, record_property: Any, capsys: Any) -> None:
     text = f"\npeak memory of a training step, batch 16 at 224 px: gradengine {ours:.0f} MB"
     record_property("gradengine_mb", ours)
     if torch:
-        imports = "from tests.models.torch_resnet import torch_resnet18"
+        imports = "from tests.models import torch_resnet"
         theirs = float(
-            _python(TRAINING.format(library="torch", imports=imports, model="torch_resnet18()"))
+            _python(
+                TRAINING.format(library="torch", imports=imports, model="torch_resnet.resnet(18)")
+            )
         )
         record_property("pytorch_mb", theirs)
         text += f", PyTorch {theirs:.0f} MB"

@@ -10,7 +10,6 @@ import pytest
 
 import gradengine as ge
 from gradengine.models import resnet18
-from tests.models.torch_resnet import torch_resnet18
 
 SIZES = [(16, 224), (8, 64), (1, 64)]
 
@@ -46,7 +45,9 @@ def _freeze_backbone(library: Any, model: Any) -> None:
 def _theirs(torch: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Any]:
     """Return PyTorch's model and data, channels last where that is its faster layout."""
     layout = torch.channels_last if images.shape[-1] > 64 else torch.contiguous_format
-    model = torch_resnet18().to(memory_format=layout)
+    from tests.models import torch_resnet
+
+    model = torch_resnet.resnet(18).to(memory_format=layout)
     return (
         model,
         torch.from_numpy(images).contiguous(memory_format=layout),

@@ -36,7 +36,11 @@ class Operation:
     """The record behind an operation's function: its forward, its pullbacks and what they keep."""
 
     def __init__(
-        self, forward: Callable[..., Any], label: Any, keeps: tuple[str, ...] = (), view: bool = False
+        self,
+        forward: Callable[..., Any],
+        label: Any,
+        keeps: tuple[str, ...] = (),
+        view: bool = False,
     ) -> None:
         code = forward.__code__
         self.forward = forward
@@ -50,7 +54,9 @@ class Operation:
         self.attributes = names[code.co_argcount : end]
         self.inputs = names[end : end + 1] if self.variadic else names[: code.co_argcount]
         if "out" in self.inputs + self.attributes:
-            raise TypeError(f"{self.name}: no parameter may be called out: in a pullback it is the result")
+            raise TypeError(
+                f"{self.name}: no parameter may be called out: in a pullback it is the result"
+            )
         self.rules: dict[str, Rule] = {}
         self.saves_output = False
 
