@@ -55,6 +55,7 @@ def _theirs(torch: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, An
     )
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm")  # frozen by hand: statistics move, as in PyTorch
 @pytest.mark.parametrize("frozen", [False, True], ids=["training_step", "frozen_step"])
 def test_step(race: Any, torch: Any, data: Any, frozen: bool) -> None:
     images, labels = data

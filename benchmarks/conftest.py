@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+import gradengine as ge
+
 ROWS: list[dict[str, Any]] = []
 
 
@@ -27,6 +29,12 @@ def torch() -> Any:
 
     torch.set_num_threads(os.cpu_count() or 1)
     return torch
+
+
+@pytest.fixture(autouse=True)
+def default_device() -> None:
+    """Keep these benchmarks on the CPU, also where there is a GPU."""
+    ge.set_default_device("cpu")
 
 
 @pytest.fixture

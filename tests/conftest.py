@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +10,7 @@ import hypothesis
 import numpy
 import pytest
 
-from gradengine.devices import cuda_unavailable_reason, import_cupy
+from gradengine.devices import cuda_unavailable_reason, import_cupy, set_default_device
 
 # How long an example takes depends on what else the machine does: no test is about time.
 hypothesis.settings.register_profile("gradengine", hypothesis.settings(), deadline=None)
@@ -20,6 +21,14 @@ hypothesis.settings.load_profile("gradengine")
 def xp(request: pytest.FixtureRequest) -> Any:
     """Give the array module: the test runs with NumPy, and with CuPy where a GPU is usable."""
     return numpy if request.param == "numpy" else import_cupy()
+
+
+@pytest.fixture(autouse=True)
+def default_device() -> Iterator[None]:
+    """Make new tensors on the CPU, whatever the machine has, unless a test says otherwise."""
+    set_default_device("cpu")
+    yield
+    set_default_device(None)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

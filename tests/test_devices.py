@@ -33,6 +33,11 @@ from gradengine.devices import (
 MODULE = sys.modules["gradengine.devices"]
 
 
+@pytest.fixture(autouse=True)
+def default_device() -> None:
+    """Leave the default device to each test here."""
+
+
 class FakeArray:
     """A "GPU" array: it knows its device and its values, and NumPy cannot read it by accident."""
 
