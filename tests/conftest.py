@@ -24,7 +24,7 @@ def xp(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def default_device() -> Iterator[None]:
+def _tensors_on_the_cpu() -> Iterator[None]:
     """Make new tensors on the CPU, whatever the machine has, unless a test says otherwise."""
     set_default_device("cpu")
     yield

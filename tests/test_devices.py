@@ -34,7 +34,7 @@ MODULE = sys.modules["gradengine.devices"]
 
 
 @pytest.fixture(autouse=True)
-def default_device() -> None:
+def _tensors_on_the_cpu() -> None:
     """Leave the default device to each test here."""
 
 
