@@ -6,8 +6,13 @@ python -m pytest benchmarks -k convolution  # some rows
 
 from __future__ import annotations
 
-import importlib.util
 import os
+
+# OpenBLAS's threads spin for a while after each product, in the way of Numba's and of the peer's.
+# Must stand before NumPy is imported; PyTorch's own libraries do not read it.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +30,7 @@ def torch() -> Any:
     """PyTorch on all cores, or None where it is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(os.cpu_count() or 1)
     return torch
