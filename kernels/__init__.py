@@ -150,19 +150,23 @@ def erf(x: Array) -> Array:
 
 def relu_grad(grad: Array, out: Array) -> Array:
     """Give grad where `out`, the result of relu, is not 0, and 0 elsewhere, for any shape."""
-    return _module("relu_grad", "activation", grad=grad, out=out).relu_grad(grad, out)
+    return _import_family(_place(grad), "activation").relu_grad(grad, out)
 
 
 def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     """Give the module of a family of kernels for arrays of one kind and one dtype."""
     first = next(iter(arrays.values()))
-    place = "cpu" if isinstance(first, np.ndarray | np.generic) else "cuda"
+    place = _place(first)
     dtype = first.dtype
     if dtype not in _DTYPES[place] or any(array.dtype != dtype for array in arrays.values()):
         allowed = " or ".join(str(known) for known in _DTYPES[place])
         got = ", ".join(f"{key}.dtype={array.dtype}" for key, array in arrays.items())
         raise TypeError(f"{name}: arrays must be of one dtype ({allowed} on {place}); got {got}")
     return _import_family(place, family)
+
+
+def _place(array: Array) -> str:
+    return "cpu" if isinstance(array, np.ndarray | np.generic) else "cuda"
 
 
 @cache

@@ -6,8 +6,8 @@ import pytest
 from gradengine import kernels
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 4), (2, 3, 4, 5)])
 def test_relu_grad_passes_where_relu_did(shape, dtype, place, rng):
     grad = np.asarray(rng.standard_normal(shape), dtype)
     out = np.asarray(np.maximum(rng.standard_normal(shape), 0), dtype)
