@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradengine import autograd, functional, nn, optim
+from gradengine import autograd, functional
 from gradengine.autograd import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from gradengine.devices import (
     Device,
@@ -56,16 +56,21 @@ from gradengine.factories import (
 )
 from gradengine.functional import *
 from gradengine.ops.random import manual_seed, set_rng_state
-from gradengine.tensor import Parameter, Tensor
+from gradengine.tensor import Parameter, Tensor, is_tensor
+
+half, double = float16, float64
+short, int, long = int16, int32, int64
+float = float32  # last: above, these names are Python's
 
 if TYPE_CHECKING:
-    from gradengine import data, models, weights
+    from gradengine import data, models, nn, optim, weights
     from gradengine.weights import load, save
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: a user of tensors alone does not pay for them.
-_LAZY = {"data": "", "models": "", "weights": "", "load": "weights", "save": "weights"}
+_LAZY = {"load": "weights", "save": "weights"}
+_LAZY |= dict.fromkeys(("data", "models", "nn", "optim", "weights"), "")
 
 
 def __getattr__(name: str) -> Any:

@@ -38,10 +38,8 @@ def set_default_dtype(dtype: Any) -> None:
 def as_dtype(spec: Any) -> np.dtype[Any]:
     """Return the NumPy dtype that `spec` names. Raises TypeError for one that tensors cannot hold.
 
-    `float`, `int` and `bool` are the default float, int64 and bool, as in PyTorch.
+    Python's `float`, `int` and `bool` are float64, int64 and bool, as in PyTorch.
     """
-    if spec is float:
-        return _default_float
     found = np.dtype(spec)
     if found not in _SUPPORTED:
         raise TypeError(f"dtype: tensors hold float, integer and bool types; got dtype={found}")

@@ -12,7 +12,7 @@ from gradengine.ops import random
 from gradengine.tape import Variable
 from gradengine.tensor import Tensor
 
-Shape = Any  # sizes spelled out, or one tuple of them
+Shape = Any  # sizes spelled out, or one tuple of them, which may be named size
 
 
 def _finish(array: Any, device: Any, requires_grad: bool) -> Tensor:
@@ -22,8 +22,10 @@ def _finish(array: Any, device: Any, requires_grad: bool) -> Tensor:
     return result
 
 
-def _sizes(name: str, sizes: tuple[Any, ...]) -> tuple[int, ...]:
+def _sizes(name: str, sizes: tuple[Any, ...], named: Shape = None) -> tuple[int, ...]:
     """Return the shape given as sizes or as one tuple. Raises ValueError for a negative size."""
+    if named is not None:
+        sizes = (named,)
     if len(sizes) == 1 and not hasattr(sizes[0], "__index__"):
         sizes = tuple(sizes[0])
     shape = tuple(size.__index__() for size in sizes)
@@ -67,6 +69,8 @@ def _array_from(data: Any, dtype: Any, copy: bool | None) -> np.ndarray:
     array = np.array(data, dtype=None if dtype is None else as_dtype(dtype), copy=copy)
     if dtype is None and not hasattr(data, "dtype"):
         kinds = {"f": get_default_dtype(), "i": np.int64, "u": np.int64, "b": np.bool_}
+        if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"tensor: integers must fit into int64; got {array.max()}")
         if array.dtype.kind in kinds:
             array = array.astype(kinds[array.dtype.kind], copy=False)
     try:
@@ -136,42 +140,54 @@ def from_dlpack(source: Any, /, *, device: Any = None, copy: bool | None = None)
 
 
 def full(
-    shape: Shape,
+    size: Shape,
     fill_value: Any,
     *,
     dtype: Any = None,
     device: Any = None,
     requires_grad: bool = False,
 ) -> Tensor:
-    """Return a tensor of `shape` with every element `fill_value`, of that number's dtype by default."""
-    shape = _sizes("full", (shape,))
+    """Return a tensor of shape `size` with every element `fill_value`, of that number's dtype by default."""
+    shape = _sizes("full", (size,))
     if dtype is None:
         dtype = _array_from(fill_value, None, copy=True).dtype
     return _finish(np.full(shape, fill_value, as_dtype(dtype)), device, requires_grad)
 
 
 def zeros(
-    *shape: Shape, dtype: Any = None, device: Any = None, requires_grad: bool = False
+    *shape: Shape,
+    size: Shape = None,
+    dtype: Any = None,
+    device: Any = None,
+    requires_grad: bool = False,
 ) -> Tensor:
     """Return a tensor of zeros, of the default float by default."""
     dtype = get_default_dtype() if dtype is None else as_dtype(dtype)
-    return _finish(np.zeros(_sizes("zeros", shape), dtype), device, requires_grad)
+    return _finish(np.zeros(_sizes("zeros", shape, size), dtype), device, requires_grad)
 
 
 def ones(
-    *shape: Shape, dtype: Any = None, device: Any = None, requires_grad: bool = False
+    *shape: Shape,
+    size: Shape = None,
+    dtype: Any = None,
+    device: Any = None,
+    requires_grad: bool = False,
 ) -> Tensor:
     """Return a tensor of ones, of the default float by default."""
     dtype = get_default_dtype() if dtype is None else as_dtype(dtype)
-    return _finish(np.ones(_sizes("ones", shape), dtype), device, requires_grad)
+    return _finish(np.ones(_sizes("ones", shape, size), dtype), device, requires_grad)
 
 
 def empty(
-    *shape: Shape, dtype: Any = None, device: Any = None, requires_grad: bool = False
+    *shape: Shape,
+    size: Shape = None,
+    dtype: Any = None,
+    device: Any = None,
+    requires_grad: bool = False,
 ) -> Tensor:
     """Return a tensor whose elements are whatever the memory held."""
     dtype = get_default_dtype() if dtype is None else as_dtype(dtype)
-    return _finish(np.empty(_sizes("empty", shape), dtype), device, requires_grad)
+    return _finish(np.empty(_sizes("empty", shape, size), dtype), device, requires_grad)
 
 
 def zeros_like(
@@ -210,7 +226,7 @@ def full_like(
 
 
 def arange(
-    start: Any,
+    start: Any = 0,
     end: Any = None,
     step: Any = 1,
     *,
@@ -270,27 +286,39 @@ def eye(
 
 
 def rand(
-    *shape: Shape, dtype: Any = None, device: Any = None, requires_grad: bool = False
+    *shape: Shape,
+    size: Shape = None,
+    dtype: Any = None,
+    device: Any = None,
+    requires_grad: bool = False,
 ) -> Tensor:
     """Return numbers drawn evenly from [0, 1)."""
     drawn = random.uniform(
-        _sizes("rand", shape), _float_type("rand", dtype), devices.resolve(device)
+        _sizes("rand", shape, size),
+        _float_type("rand", dtype),
+        devices.resolve(device),
     )
     return _finish(drawn, device, requires_grad)
 
 
 def randn(
-    *shape: Shape, dtype: Any = None, device: Any = None, requires_grad: bool = False
+    *shape: Shape,
+    size: Shape = None,
+    dtype: Any = None,
+    device: Any = None,
+    requires_grad: bool = False,
 ) -> Tensor:
     """Return numbers drawn from the normal distribution of mean 0 and variance 1."""
     drawn = random.normal(
-        _sizes("randn", shape), _float_type("randn", dtype), devices.resolve(device)
+        _sizes("randn", shape, size),
+        _float_type("randn", dtype),
+        devices.resolve(device),
     )
     return _finish(drawn, device, requires_grad)
 
 
 def randint(
-    low: int, high: Any = None, size: Any = None, *, dtype: Any = np.int64, device: Any = None
+    low: int = 0, high: Any = None, size: Any = None, *, dtype: Any = np.int64, device: Any = None
 ) -> Tensor:
     """Return integers drawn evenly from low to high - 1, shape `size`; `randint(high, size)` starts at 0."""
     if size is None:

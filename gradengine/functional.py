@@ -17,7 +17,6 @@ from gradengine.ops.activation import (
 from gradengine.ops.convolution import conv1d, conv2d
 from gradengine.ops.elementwise import (
     abs,
-    add,
     allclose,
     bitwise_and,
     bitwise_not,
@@ -26,7 +25,6 @@ from gradengine.ops.elementwise import (
     ceil,
     clamp,
     cos,
-    div,
     eq,
     equal,
     erf,
@@ -65,12 +63,14 @@ from gradengine.ops.elementwise import (
     sin,
     sqrt,
     square,
-    sub,
     tan,
     tanh,
     trunc,
     where,
 )
+from gradengine.ops.elementwise import rounded_div as div
+from gradengine.ops.elementwise import scaled_add as add
+from gradengine.ops.elementwise import scaled_sub as sub
 from gradengine.ops.indexing import (
     gather,
     index_add,
@@ -155,7 +155,9 @@ from gradengine.ops.sorting import argsort, sort, topk
 
 absolute = abs
 clip = clamp
-concat = cat
+concat = concatenate = cat
+divide = true_divide = div
 multiply = mul
+negative = neg
 subtract = sub
 swapaxes = transpose

@@ -16,7 +16,7 @@ import numpy as np
 
 from gradengine import devices, dtypes
 from gradengine.grad_mode import grad_mode
-from gradengine.ops import activation, conversion, elementwise, indexing, reduction, sorting
+from gradengine.ops import activation, conversion, elementwise, indexing, random, reduction, sorting
 from gradengine.ops import (
     matmul as products,
 )  # a class body that defines `matmul` and `shape` cannot
@@ -34,11 +34,13 @@ def _spread(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def method(self: Tensor, *sizes: Any) -> Any:
-        return function(
-            self, sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-        )
+        return function(self, _one_tuple(sizes))
 
     return method
+
+
+def _one_tuple(sizes: tuple[Any, ...]) -> Any:
+    return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,9 +48,13 @@ def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         source = self
-        if grad_mode.enabled and (self.requires_grad or any(map(_requires_grad, args))):
+        given = (*args, *kwargs.values())
+        if grad_mode.enabled and (self.requires_grad or any(map(_requires_grad, given))):
             self._check_recorded_write()
-            source = Tensor(self.array.copy(), self.node)  # backward may need what is overwritten
+            # Backward may need what is overwritten: of this tensor, and of arguments that share it.
+            source = _copied_if_shared(self, self)
+            args = tuple(_copied_if_shared(arg, self) for arg in args)
+            kwargs = {name: _copied_if_shared(arg, self) for name, arg in kwargs.items()}
         return self._write(function(source, *args, **kwargs))
 
     method.__name__ = f"{function.__name__}_"
@@ -58,6 +64,12 @@ def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, Variable) and value.requires_grad
+
+
+def _copied_if_shared(value: Any, written: Tensor) -> Any:
+    """Return `value`, on a copy of its memory if `written` has the same."""
+    shared = isinstance(value, Variable) and value.version() is written.version()
+    return Tensor(value.array.copy(), value.node) if shared else value
 
 
 class Tensor(Variable):
@@ -151,6 +163,8 @@ class Tensor(Variable):
     def numel(self) -> builtins.int:
         """Return the number of elements."""
         return self.array.size
+
+    nelement = numel
 
     def element_size(self) -> builtins.int:
         """Return the size of one element, in bytes."""
@@ -288,15 +302,37 @@ class Tensor(Variable):
             raise RuntimeError("pickle: only graph leaves can be pickled; use tensor.detach()")
         return _rebuild, (type(self), self.array, self.requires_grad)
 
+    # -- others like it
+
+    def new_full(
+        self, size: Any, fill_value: Any, *, dtype: Any = None, device: Any = None
+    ) -> Tensor:
+        """Return a tensor of shape `size` filled with `fill_value`, by default of this dtype and device."""
+        array = np.full(size, fill_value, dtypes.as_dtype(self.dtype if dtype is None else dtype))
+        return Tensor(devices.to_device(array, self.device if device is None else device))
+
+    def new_zeros(self, *size: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        """Return a tensor of zeros, by default of this dtype and device."""
+        return self.new_full(_one_tuple(size), 0, dtype=dtype, device=device)
+
+    def new_ones(self, *size: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        """Return a tensor of ones, by default of this dtype and device."""
+        return self.new_full(_one_tuple(size), 1, dtype=dtype, device=device)
+
     # -- dtype and device
 
     def to(
-        self, *args: Any, dtype: Any = None, device: Any = None, copy: builtins.bool = False
+        self,
+        *args: Any,
+        dtype: Any = None,
+        device: Any = None,
+        non_blocking: builtins.bool = False,
+        copy: builtins.bool = False,
     ) -> Tensor:
         """Return this tensor with another dtype, on another device, or as another tensor has them.
 
         Takes `to(device)`, `to(dtype)`, `to(device, dtype)` or `to(other)`. Returns self if nothing changes,
-        unless `copy`; otherwise a differentiable copy.
+        unless `copy`; otherwise a differentiable copy. `non_blocking` is accepted for PyTorch's sake.
         """
         for argument in args:
             if isinstance(argument, Variable):
@@ -316,9 +352,13 @@ class Tensor(Variable):
         """Return this tensor on the CPU."""
         return conversion.to_device(self, "cpu")
 
-    def cuda(self, device: Any = "cuda") -> Tensor:
-        """Return this tensor on a GPU. Raises RuntimeError that says why if there is none."""
+    def cuda(self, device: Any = "cuda", non_blocking: builtins.bool = False) -> Tensor:
+        """Return this tensor on a GPU, as `to` does. Raises RuntimeError that says why if there is none."""
         return conversion.to_device(self, device)
+
+    def type(self, dtype: Any) -> Tensor:
+        """Return this tensor as `dtype`."""
+        return conversion.to_dtype(self, dtype)
 
     def type_as(self, other: Tensor) -> Tensor:
         """Return this tensor with `other`'s dtype."""
@@ -365,6 +405,7 @@ class Tensor(Variable):
                 "in-place: result dtype can't be cast to the tensor's; "
                 f"got result.dtype={result.dtype}, tensor.dtype={self.dtype}"
             )
+        self._check_writable()
         result = conversion.to_dtype(result, self.dtype)
         self.array[...] = result.array
         if recorded:
@@ -384,6 +425,14 @@ class Tensor(Variable):
                 "write to the tensor that it is a view of, or to a clone()"
             )
 
+    def _check_writable(self) -> None:
+        if not getattr(self.array.flags, "writeable", True):  # CuPy's always are
+            raise RuntimeError(
+                "in-place: this memory cannot be written to: it is NumPy's and read-only, or expanded, so "
+                "that more than one element refers to a single memory location; write to a clone(); "
+                f"got tensor.shape={self.shape}"
+            )
+
     def _stamp(self) -> None:
         """Note the write; this tensor's own node is made after it and so is not stale."""
         recorded = self.node is not None and self.node.leaf is None and grad_mode.enabled
@@ -394,6 +443,7 @@ class Tensor(Variable):
             self._check_recorded_write()
             self._write(indexing.setitem(self, index, value))
         else:
+            self._check_writable()
             indexing.setitem_in_place(self.array, index, conversion.array_of(value))
             self._stamp()
 
@@ -409,6 +459,25 @@ class Tensor(Variable):
         """Overwrite every element with 0."""
         return self.copy_(0)
 
+    def uniform_(self, low: builtins.float = 0, high: builtins.float = 1) -> Tensor:
+        """Overwrite with numbers drawn evenly from [low, high)."""
+        drawn = random.uniform(self.shape, self._float_dtype("uniform_"), self.device)
+        drawn *= high - low
+        drawn += low
+        return self.copy_(drawn)
+
+    def normal_(self, mean: builtins.float = 0, std: builtins.float = 1) -> Tensor:
+        """Overwrite with numbers drawn from the normal distribution."""
+        drawn = random.normal(self.shape, self._float_dtype("normal_"), self.device)
+        drawn *= std
+        drawn += mean
+        return self.copy_(drawn)
+
+    def _float_dtype(self, name: str) -> np.dtype[Any]:
+        if self.dtype.kind != "f":
+            raise TypeError(f"{name}: dtype must be floating point; got dtype={self.dtype}")
+        return self.dtype
+
     def detach_(self) -> Tensor:
         """Take this tensor off the tape."""
         self.node = None
@@ -416,11 +485,13 @@ class Tensor(Variable):
 
     # -- operations as methods
 
-    __add__ = __radd__ = add = elementwise.add
-    __sub__ = sub = elementwise.sub
+    __add__ = __radd__ = elementwise.add
+    __sub__ = elementwise.sub
+    add, sub = elementwise.scaled_add, elementwise.scaled_sub
     __rsub__ = elementwise.rsub
     __mul__ = __rmul__ = mul = elementwise.mul
-    __truediv__ = div = elementwise.div
+    __truediv__ = elementwise.div
+    div = elementwise.rounded_div
     __rtruediv__ = _reflected(elementwise.div)
     __floordiv__ = floor_divide = elementwise.floor_divide
     __rfloordiv__ = _reflected(elementwise.floor_divide)
@@ -490,32 +561,53 @@ class Tensor(Variable):
     roll, tril, triu, diagonal = shaping.roll, shaping.tril, shaping.triu, shaping.diagonal
     clone, contiguous = shaping.clone, shaping.contiguous
 
+    def where(self, condition: Any, other: Any) -> Any:
+        """Return this tensor where `condition` (bool) holds and `other` elsewhere."""
+        return elementwise.where(condition, self, other)
+
+    def expand_as(self, other: Tensor) -> Any:
+        """Return a read-only view of this tensor repeated up to `other`'s shape."""
+        return shaping.expand(self, other.shape)
+
+    def view_as(self, other: Tensor) -> Any:
+        """Return this tensor in `other`'s shape, sharing its memory."""
+        return shaping.view(self, other.shape)
+
+    def reshape_as(self, other: Tensor) -> Any:
+        """Return this tensor in `other`'s shape."""
+        return shaping.reshape(self, other.shape)
+
     gather, scatter, scatter_add = indexing.gather, indexing.scatter, indexing.scatter_add
     index_select, index_add = indexing.index_select, indexing.index_add
     take_along_dim, masked_fill = indexing.take_along_dim, indexing.masked_fill
     masked_select, nonzero = indexing.masked_select, indexing.nonzero
     sort, argsort, topk = sorting.sort, sorting.argsort, sorting.topk
 
-    __iadd__ = add_ = _in_place(elementwise.add)
-    __isub__ = sub_ = _in_place(elementwise.sub)
+    __iadd__ = add_ = _in_place(elementwise.scaled_add)
+    __isub__ = sub_ = _in_place(elementwise.scaled_sub)
     __imul__ = mul_ = _in_place(elementwise.mul)
-    __itruediv__ = div_ = _in_place(elementwise.div)
+    __itruediv__ = div_ = _in_place(elementwise.rounded_div)
     __ifloordiv__ = floor_divide_ = _in_place(elementwise.floor_divide)
     __ipow__ = pow_ = _in_place(elementwise.pow)
     __iand__ = bitwise_and_ = _in_place(elementwise.bitwise_and)
     __ior__ = bitwise_or_ = _in_place(elementwise.bitwise_or)
     __ixor__ = bitwise_xor_ = _in_place(elementwise.bitwise_xor)
-    neg_, abs_, clamp_ = (
-        _in_place(f) for f in (elementwise.neg, elementwise.abs, elementwise.clamp)
-    )
+    neg_, abs_ = _in_place(elementwise.neg), _in_place(elementwise.abs)
+    clamp_ = clip_ = _in_place(elementwise.clamp)
     exp_, log_, sqrt_ = (_in_place(f) for f in (elementwise.exp, elementwise.log, elementwise.sqrt))
     tanh_, sigmoid_ = _in_place(elementwise.tanh), _in_place(elementwise.sigmoid)
     relu_, masked_fill_ = _in_place(activation.relu), _in_place(indexing.masked_fill)
     scatter_, scatter_add_ = _in_place(indexing.scatter), _in_place(indexing.scatter_add)
+    index_add_ = _in_place(indexing.index_add)
+
+
+def is_tensor(value: Any) -> builtins.bool:
+    """Return whether `value` is a Tensor."""
+    return isinstance(value, Tensor)
 
 
 def _names_device(argument: Any) -> bool:
-    if isinstance(argument, devices.Device):
+    if isinstance(argument, devices.Device) or type(argument) is int:  # of a GPU, its index
         return True
     return isinstance(argument, str) and argument.partition(":")[0] in ("cpu", "cuda")
 

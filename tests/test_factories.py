@@ -144,3 +144,16 @@ def test_random_distributions():
         ge.randint(3, 3, (1,))
     with pytest.raises(TypeError, match="must be floating point"):
         ge.rand(2, dtype=ge.int64)
+
+
+def test_the_shape_may_be_named_size():
+    for make in (ge.zeros, ge.ones, ge.empty, ge.rand, ge.randn):
+        assert make(size=(2, 3)).shape == (2, 3)
+    assert ge.full(size=(2,), fill_value=1).tolist() == [1, 1]
+    assert ge.randint(high=10, size=(3,)).shape == (3,)
+    assert ge.arange(end=3).tolist() == [0, 1, 2]
+
+
+def test_integers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="must fit into int64"):
+        ge.tensor([2**63])

@@ -217,3 +217,124 @@ def test_printing_names_what_is_not_the_default():
     assert (
         repr(ge.Parameter(ge.zeros(1))) == "Parameter containing:\ntensor([0.], requires_grad=True)"
     )
+
+
+@pytest.mark.parametrize(
+    ("write", "gradient"),
+    [
+        (lambda y: y.mul_(y), [8, 16]),  # y = 2x, so that it is of 4x^2
+        (lambda y: y.mul_(y=y), [8, 16]),
+        (lambda y: y.mul_(y.detach()), [4, 8]),
+        (lambda y: y.mul_(y[:1]), [16, 4]),
+        (lambda y: y.div_(y[1]), [0.5, -0.25]),
+        (lambda y: y.add_(y), [4, 4]),
+    ],
+)
+def test_a_write_that_reads_its_own_memory_has_the_right_gradient(write, gradient):
+    x = ge.tensor([1.0, 2.0], device="cpu", requires_grad=True)
+    y = x * 2
+    write(y)
+    y.sum().backward()
+    assert x.grad.tolist() == gradient
+
+
+def test_keyword_arguments_of_a_write_are_recorded():
+    x = ge.tensor([2.0], device="cpu", requires_grad=True)
+    w = ge.tensor([3.0], device="cpu")
+    w.mul_(y=x)
+    w.backward()
+    assert x.grad.tolist() == [3]
+
+
+def test_memory_that_cannot_be_written_is_refused():
+    array = np.zeros(2)
+    array.flags.writeable = False
+    with pytest.raises(RuntimeError, match="read-only"):
+        ge.from_numpy(array).add_(1)
+    with pytest.raises(RuntimeError, match="more than one element"):
+        ge.ones(1, device="cpu").expand(3).zero_()
+
+
+def test_pytorchs_options_of_arithmetic():
+    x, y = ge.tensor([1.0, 2.0], device="cpu"), ge.tensor([3.0, 4.0], device="cpu")
+    assert ge.add(x, y, alpha=2).tolist() == [7, 10]
+    assert x.sub(y, alpha=2).tolist() == [-5, -6]
+    assert x.add_(y, alpha=-1).tolist() == [-2, -2]
+    assert ge.sub(x, 1, alpha=3).tolist() == [-5, -5]
+    sevens = ge.tensor([7, -7], device="cpu")
+    assert ge.div(sevens, 2, rounding_mode="floor").tolist() == [3, -4]
+    truncated = sevens.div(2, rounding_mode="trunc")
+    assert (truncated.tolist(), truncated.dtype) == ([3, -3], np.int64)
+    assert (sevens / 1.0).div(2, rounding_mode="trunc").tolist() == [3, -3]
+    large = ge.tensor([2**62 + 1], device="cpu")
+    assert large.div(1, rounding_mode="trunc").item() == 2**62 + 1
+    with pytest.raises(ValueError, match="rounding_mode must be"):
+        ge.div(x, y, rounding_mode="up")
+
+
+def test_rounding():
+    assert ge.tensor([1, 2], device="cpu").round().dtype == np.int64
+    assert ge.tensor([1.26, 2.5], device="cpu").round(decimals=1).numpy() == pytest.approx(
+        [1.3, 2.5]
+    )
+    assert ge.round(ge.tensor([126.0], device="cpu"), decimals=-1).tolist() == [130]
+
+
+def test_numpys_names_of_dims():
+    x = ge.tensor([[1.0, 2.0], [3.0, 4.0]], device="cpu")
+    assert x.sum(axis=1, keepdims=True).tolist() == [[3], [7]]
+    assert ge.argmax(x, axis=0).tolist() == [1, 1]
+    assert x.max(axis=1).values.tolist() == [2, 4]
+    assert ge.cat([x, x], axis=1).shape == (2, 4)
+    assert ge.stack([x, x], axis=2).shape == (2, 2, 2)
+    with pytest.raises(TypeError, match="axes"):
+        x.sum(axes=1)
+
+
+def test_where_alone_says_where():
+    rows, columns = ge.where(ge.tensor([[True, False], [False, True]], device="cpu"))
+    assert (rows.tolist(), columns.tolist()) == ([0, 1], [0, 1])
+    assert ge.where(ge.tensor(True, device="cpu"))[0].tolist() == [0]
+    x = ge.tensor([1.0, 2.0], device="cpu")
+    assert x.where(x > 1, 0.0).tolist() == [0, 2]
+
+
+def test_tensors_like_another():
+    x = ge.ones(2, 3, dtype=ge.float64, device="cpu")
+    assert x.new_zeros(2).tolist() == [0, 0]
+    assert (x.new_ones((2, 1)).shape, x.new_ones(1).dtype) == ((2, 1), np.float64)
+    assert x.new_full((2,), 3, dtype=ge.int64).tolist() == [3, 3]
+    row = ge.ones(3, device="cpu")
+    assert row.expand_as(x).shape == (2, 3)
+    assert (x.view_as(ge.ones(6)).shape, x.T.reshape_as(x).shape) == ((6,), (2, 3))
+    assert (x.type(ge.float32).dtype, x.nelement(), ge.is_tensor(x)) == (np.float32, 6, True)
+    assert not ge.is_tensor(x.numpy())
+
+
+def test_filling_with_random_numbers():
+    ge.manual_seed(0)
+    x = ge.empty(2000, device="cpu")
+    assert x.uniform_(2, 3) is x
+    assert 2 <= x.min().item() < 2.1
+    assert 2.9 < x.max().item() <= 3
+    x.normal_(5, 0.1)
+    assert (x.mean().item(), x.std().item()) == pytest.approx((5, 0.1), abs=0.02)
+    with pytest.raises(TypeError, match="uniform_: dtype must be floating point"):
+        ge.zeros(2, dtype=ge.int64, device="cpu").uniform_()
+    with pytest.raises(TypeError, match="normal_: dtype must be floating point"):
+        ge.zeros(2, dtype=ge.int64, device="cpu").normal_()
+
+
+def test_pytorchs_names_of_dtypes():
+    assert (ge.long, ge.int, ge.short) == (ge.int64, ge.int32, ge.int16)
+    assert (ge.double, ge.float, ge.half) == (ge.float64, ge.float32, ge.float16)
+    assert ge.zeros(2, dtype=float).dtype == np.float64
+
+
+def test_moving_takes_pytorchs_options():
+    x = ge.ones(2, device="cpu")
+    assert x.to("cpu", non_blocking=True) is x
+    assert ge.nn.Linear(2, 2, device="cpu").to("cpu", non_blocking=True).in_features == 2
+    if not ge.cuda_is_available():
+        with pytest.raises(RuntimeError, match="CUDA is not usable"):
+            x.to(0)

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 def as_rgb(image: Image) -> Image:
-    """Return a Pillow image of any mode in mode RGB; what is transparent in it is dropped."""
+    """Return a Pillow image of any mode in mode RGB; what is transparent in it is dropped.
+
+    Of 16-bit grey the upper 8 bits stay, where Pillow would make all but the darkest white.
+    """
+    if image.mode.startswith("I"):
+        from PIL.Image import fromarray
+
+        image = fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it drops a palette's transparency
     return image if image.mode == "RGB" else image.convert("RGB")

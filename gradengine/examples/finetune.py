@@ -82,13 +82,27 @@ def number(kind: type, low: float) -> Callable[[str], Any]:
     return read
 
 
+def path(text: str) -> str:
+    """Refuse the empty name, which would be the folder that the program runs in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command line's options; of DEFAULTS only those that were given."""
     about = (__doc__ or "").splitlines()[0]
     parser = OneLineParser("finetune", description=about, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--data", metavar="FOLDER", help="one folder of images a class (default: digits)")
-    add("--weights", metavar="FILE|DEFAULT", help="start from these instead of from scratch")
+    add(
+        "--data", type=path, metavar="FOLDER", help="one folder of images a class (default: digits)"
+    )
+    add(
+        "--weights",
+        type=path,
+        metavar="FILE|DEFAULT",
+        help="start from these instead of from scratch",
+    )
     add("--unfreeze", metavar="LAYER", help="train this layer and all after it too, e.g. layer4")
     add("--epochs", type=number(int, 1), help=f"of each stage ({DEFAULTS['epochs']})")
     # Two, for batch normalisation needs more than one value a channel.
@@ -97,7 +111,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=number(int, 32), help=f"pixels (digits 32, --data {PHOTO_SIZE})")
     add("--seed", type=number(int, 0), help="of all that is random (0)")
     add("--device", default=None, help="cpu, cuda or cuda:<index> (cuda where it is usable)")
-    add("--out", metavar="FOLDER", default="finetune-out", help="where results go (finetune-out)")
+    out = "finetune-out"
+    add("--out", type=path, metavar="FOLDER", default=out, help=f"where results go ({out})")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")
     return parser.parse_args(arguments)
 
@@ -114,6 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
             again = f"go on with: {COMMAND} {shlex.join(['--resume', '--out', given.out, *device])}"
         print(f"finetune: interrupted; {again}", file=sys.stderr)
         return 130
+    except MemoryError:
+        print("finetune: out of memory; lower --batch-size or --image-size", file=sys.stderr)
+        return 2
     except (BadInputError, data.DataError, OSError) as error:
         print(f"finetune: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -259,6 +277,8 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 
 
 def refuse_earlier_run(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise BadInputError(f"--out: this is not a folder; got {out}")
     if any((out / name).exists() for name in RESULTS):
         raise BadInputError(
             f"--out: {out} holds an earlier run; --resume it or choose another --out"

@@ -72,18 +72,14 @@ def zeros_(tensor: Tensor) -> Tensor:
 
 def uniform_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
     """Fill with numbers drawn evenly from [a, b)."""
-    drawn = random.uniform(tensor.shape, tensor.dtype, tensor.device)
-    drawn *= b - a
-    drawn += a
-    return _fill(tensor, drawn)
+    with no_grad():
+        return tensor.uniform_(a, b)
 
 
 def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Fill from the normal distribution."""
-    drawn = random.normal(tensor.shape, tensor.dtype, tensor.device)
-    drawn *= std
-    drawn += mean
-    return _fill(tensor, drawn)
+    with no_grad():
+        return tensor.normal_(mean, std)
 
 
 def trunc_normal_(

@@ -385,11 +385,14 @@ class Module:
         function(self)
         return self
 
-    def to(self, *args: Any, dtype: Any = None, device: Any = None) -> Self:
+    def to(
+        self, *args: Any, dtype: Any = None, device: Any = None, non_blocking: bool = False
+    ) -> Self:
         """Convert all parameters, their gradients and buffers in place, and return this module.
 
         Takes `to(device)`, `to(dtype)`, `to(device, dtype)` or `to(tensor)`. Parameters stay the
         same objects. A dtype applies to floating point tensors only, and is one (else TypeError).
+        `non_blocking` is accepted for PyTorch's sake.
         """
 
         def convert(tensor: Tensor) -> Tensor:

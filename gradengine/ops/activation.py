@@ -184,6 +184,8 @@ logsigmoid.pullbacks(x=lambda grad, x: grad * sigmoid(-x))
 
 @operation(label="SoftmaxBackward0")
 def _softmax(x, *, dim):
+    if x.ndim == 0:
+        return _softmax.operation.forward(x.reshape(1), dim=dim).reshape(())
     out = array_module(x).exp(_below_maximum(x, dim))
     out /= out.sum(axis=dim, keepdims=True)
     return out
@@ -191,9 +193,12 @@ def _softmax(x, *, dim):
 
 @operation(label="LogSoftmaxBackward0")
 def _log_softmax(x, *, dim):
+    if x.ndim == 0:
+        return _log_softmax.operation.forward(x.reshape(1), dim=dim).reshape(())
     xp = array_module(x)
     out = _below_maximum(x, dim)
-    out -= xp.log(xp.exp(out).sum(axis=dim, keepdims=True))
+    if out.size:  # the sum of nothing is 0, whose logarithm NumPy warns of
+        out -= xp.log(xp.exp(out).sum(axis=dim, keepdims=True))
     return out
 
 
@@ -237,7 +242,7 @@ def _checked_dim(name: str, x: Any, dim: int) -> int:
         raise TypeError(
             f"{name}: x must be floating point (x.dtype.kind == 'f'); got x.dtype={x.dtype}"
         )
-    return normalized_dim(name, dim, x.ndim)
+    return normalized_dim(name, dim, max(x.ndim, 1))  # a number is a row of one
 
 
 # ---- dropout -------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ from typing import Any
 
 from gradengine import devices
 from gradengine.dtypes import as_dtype
+from gradengine.grad_mode import grad_mode
 from gradengine.operation import array_of, cast, operation, sum_to_shape
+from gradengine.tape import Variable
 
 
 @operation(label="ToCopyBackward0")
@@ -30,6 +32,18 @@ def to_dtype(x: Any, dtype: Any) -> Any:
         return x
     # An integer has no derivative: converting the detached tensor leaves nothing on the tape.
     return cast(x if dtype.kind == "f" or not hasattr(x, "detach") else x.detach(), dtype=dtype)
+
+
+def kept_for_backward(value: Any, *inputs: Any) -> Any:
+    """Return the array of an index or a mask, copied if an operation on `inputs` is recorded.
+
+    Such an array is kept without a version record: a write to it before backward would go unnoticed.
+    """
+    array = array_of(value)
+    recorded = grad_mode.enabled and any(
+        isinstance(x, Variable) and x.requires_grad for x in inputs
+    )
+    return array.copy() if recorded else array
 
 
 @operation(label="CopyBackwards")

@@ -10,6 +10,7 @@ from gradengine import kernels
 from gradengine.devices import array_module
 from gradengine.dtypes import bool_, result_type
 from gradengine.operation import array_of, conform, elementwise, operation, sum_to_shape
+from gradengine.ops.conversion import kept_for_backward
 from gradengine.tape import Variable
 
 # ---- arithmetic ----------------------------------------------------------------------------------
@@ -75,6 +76,42 @@ def sign(x):
     return array_module(x).sign(x)
 
 
+def scaled_add(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    """Return x + alpha * y."""
+    return add(x, y if alpha == 1 else alpha * y)
+
+
+def scaled_sub(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    """Return x - alpha * y. Raises TypeError for two bools: use logical_xor or ^."""
+    return sub(x, y if alpha == 1 else alpha * y)
+
+
+def rounded_div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    """Return x / y; integers are divided as the default float, unless the quotient is rounded.
+
+    rounding_mode is None, "floor" (`floor_divide`) or "trunc" (towards 0, in the inputs' dtype).
+    Raises ValueError for any other.
+    """
+    if rounding_mode is None:
+        return div(x, y)
+    if rounding_mode == "floor":
+        return floor_divide(x, y)
+    if rounding_mode != "trunc":
+        raise ValueError(
+            "div: rounding_mode must be None, 'floor' or 'trunc'; "
+            f"got rounding_mode={rounding_mode!r}"
+        )
+    return _trunc_divide(x, y)
+
+
+@elementwise
+def _trunc_divide(x, y):
+    array = x if hasattr(x, "dtype") else y
+    xp = array_module(array)
+    # Without the remainder the division is exact, also for integers that no float holds.
+    return xp.trunc(x / y) if array.dtype.kind == "f" else (x - xp.fmod(x, y)) // y
+
+
 add.pullbacks(x=lambda grad: grad, y=lambda grad: grad)
 sub.pullbacks(x=lambda grad: grad, y=lambda grad: -grad)
 rsub.pullbacks(x=lambda grad: -grad, y=lambda grad: grad)
@@ -101,10 +138,17 @@ def ceil(x):
     return array_module(x).ceil(x)
 
 
-@elementwise
-def round(x):
-    """Return x rounded to the nearest integer, halves to even."""
-    return array_module(x).rint(x)
+@elementwise(label="RoundBackward0")
+def _round(x):
+    return x.copy() if x.dtype.kind in "iu" else array_module(x).rint(x)
+
+
+def round(x: Any, *, decimals: int = 0) -> Any:
+    """Return x rounded to the nearest multiple of 10 ** -decimals, halves to even."""
+    if decimals == 0:
+        return _round(x)
+    scale = 10.0 ** builtins.abs(decimals)
+    return _round(x * scale) / scale if decimals > 0 else _round(x / scale) * scale
 
 
 @elementwise
@@ -115,7 +159,7 @@ def trunc(x):
 
 floor.pullbacks(x=lambda grad: grad * 0)
 ceil.pullbacks(x=lambda grad: grad * 0)
-round.pullbacks(x=lambda grad: grad * 0)
+_round.pullbacks(x=lambda grad: grad * 0)
 trunc.pullbacks(x=lambda grad: grad * 0)
 
 
@@ -255,7 +299,7 @@ log.pullbacks(x=lambda grad, x: grad / x)
 log2.pullbacks(x=lambda grad, x: grad / (x * math.log(2)))
 log10.pullbacks(x=lambda grad, x: grad / (x * math.log(10)))
 log1p.pullbacks(x=lambda grad, x: grad / (x + 1))
-sigmoid.pullbacks(x=lambda grad, out: grad * (out * (1 - out)))
+sigmoid.pullbacks(x=lambda grad, out: grad * (out - out * out))
 erf.pullbacks(x=lambda grad, x: grad * (2 / math.sqrt(math.pi) * exp(-(x * x))))
 
 
@@ -289,7 +333,7 @@ def tanh(x):
 sin.pullbacks(x=lambda grad, x: grad * cos(x))
 cos.pullbacks(x=lambda grad, x: -grad * sin(x))
 tan.pullbacks(x=lambda grad, out: grad * (1 + out * out))
-tanh.pullbacks(x=lambda grad, out: grad * (1 - out * out))
+tanh.pullbacks(x=lambda grad, out: grad - grad * out * out)
 
 
 # ---- selection -----------------------------------------------------------------------------------
@@ -345,12 +389,18 @@ def _select(condition: Any, x: Any, y: Any) -> Any:
     return _where(x, y, condition=array_of(condition))
 
 
-def where(condition: Any, x: Any, y: Any) -> Any:
+def where(condition: Any, x: Any = None, y: Any = None) -> Any:
     """Return x where `condition` (bool) holds and y elsewhere, broadcast together.
 
+    Without x and y, return the int64 places where it holds: one 1-D tensor for each dim.
     The branch not chosen gets a zero gradient; where its own derivative is infinite, 0 * inf still makes
     nan: choose safe inputs first. Raises TypeError for a condition that is not bool.
     """
+    if x is None and y is None:
+        array = array_of(condition)
+        return tuple(
+            map(Variable.Result, array_module(array).nonzero(array.reshape(array.shape or 1)))
+        )
     if getattr(condition, "dtype", None) != bool_:
         kind = getattr(condition, "dtype", type(condition).__name__)
         raise TypeError(
@@ -358,7 +408,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
         )
     if not hasattr(x, "dtype") and not hasattr(y, "dtype"):
         x = Variable.Result(array_module(array_of(condition)).asarray(x, dtype=result_type(x, y)))
-    return _select(condition, *conform("where", x, y))
+    return _select(kept_for_backward(condition, x, y), *conform("where", x, y))
 
 
 @operation(label="ClampBackward1")

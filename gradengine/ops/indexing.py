@@ -16,7 +16,7 @@ import numpy as np
 from gradengine import devices
 from gradengine.devices import array_module
 from gradengine.operation import array_of, operation, sum_to_shape
-from gradengine.ops.conversion import to_dtype
+from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.shape import (
     broadcast_tensors,
     expand,
@@ -124,7 +124,8 @@ def pick_along(x: Any, dim: int, indices: Any, label: str) -> Any:
 
     `indices` has x's other dims, and `dim` with any size or not at all.
     """
-    return _pick(x, **_along(x.ndim, dim, array_of(indices)), unique=True, label=label)
+    places = _along(x.ndim, dim, kept_for_backward(indices, x))
+    return _pick(x, **places, unique=True, label=label)
 
 
 # ---- brackets ------------------------------------------------------------------------------------
@@ -254,7 +255,13 @@ def getitem(x: Any, index: Any) -> Any:
         x = slices(x, index=plan.basic, label=label or trivial)
     if not plan.axes:
         return x
-    return _pick(x, axes=plan.axes, index=plan.arrays, unique=plan.unique, label="IndexBackward0")
+    return _pick(
+        x, axes=plan.axes, index=_kept(plan.arrays, x), unique=plan.unique, label="IndexBackward0"
+    )
+
+
+def _kept(index: Index, *inputs: Any) -> Index:
+    return tuple([one if one is None else kept_for_backward(one, *inputs) for one in index])
 
 
 def _store(array: Any, plan: _Plan, value: Any) -> None:
@@ -265,7 +272,7 @@ def _store(array: Any, plan: _Plan, value: Any) -> None:
         part[key] = value
     except ValueError:
         shape, written = getattr(value, "shape", ()), part[key].shape
-        if shape == written or not getattr(array.flags, "writeable", True):  # CuPy's always are
+        if shape == written:
             raise
         raise ValueError(
             "setitem: value must broadcast to the part that is written; "
@@ -311,6 +318,7 @@ def setitem(x: Any, index: Any, value: Any) -> Any:
     Raises ValueError for a value that does not broadcast to x[index].
     """
     plan = _planned(x, index)
+    plan = plan._replace(arrays=_kept(plan.arrays, x, value))
     return _put(x, _as_value(x, value), plan=plan, label="CopySlices")
 
 
@@ -365,6 +373,7 @@ def gather(x: Any, dim: int, index: Any) -> Any:
     """
     index = _index_array("gather", x, index)
     dim = _gathered_dim("gather", x, dim, index)
+    index = kept_for_backward(index, x)
     return _pick(x, **_along(x.ndim, dim, index), unique=False, label="GatherBackward0")
 
 
@@ -384,6 +393,7 @@ def take_along_dim(x: Any, indices: Any, dim: int | None = None) -> Any:
         )
     shape = list(np.broadcast_shapes(_without(x.shape, dim), _without(indices.shape, dim)))
     x = expand(x, (*shape[:dim], x.shape[dim], *shape[dim:]))
+    indices = kept_for_backward(indices, x)
     indices = expand(indices, (*shape[:dim], indices.shape[dim], *shape[dim:]))
     _check_bounds("take_along_dim", indices, x.shape[dim], -x.shape[dim])
     return _pick(x, **_along(x.ndim, dim, indices), unique=False, label="GatherBackward0")
@@ -398,12 +408,14 @@ def take(x: Any, indices: Any) -> Any:
     indices = _index_array("take", x, indices)
     flat = ravel(x)
     _check_bounds("take", indices, flat.shape[0], -flat.shape[0])
+    indices = kept_for_backward(indices, x)
     return _pick(flat, axes=(0,), index=(indices,), unique=False, label="TakeBackward0")
 
 
 def index_select(x: Any, dim: int, index: Any) -> Any:
     """Return the places `index`, a 1-D integer tensor, of x along `dim`."""
     index, dim = _line("index_select", x, dim, index)
+    index = kept_for_backward(index, x)
     return _pick(x, axes=(dim,), index=(index,), unique=False, label="IndexSelectBackward0")
 
 
@@ -466,7 +478,7 @@ def scatter(x: Any, dim: int, index: Any, src: Any) -> Any:
     if hasattr(src, "dtype"):
         _check_same_dtype("scatter", x, src)
         src = _cropped("scatter", src, index)
-    places = _along(x.ndim, dim, index)
+    places = _along(x.ndim, dim, kept_for_backward(index, x, src))
     plan = _Plan((...,), places["axes"], places["index"], unique=False)
     return _put(x, src, plan=plan, label="ScatterBackward0")
 
@@ -481,6 +493,7 @@ def scatter_add(x: Any, dim: int, index: Any, src: Any) -> Any:
     dim = _gathered_dim("scatter_add", x, dim, index)
     _check_same_dtype("scatter_add", x, src)
     src = _cropped("scatter_add", src, index)
+    index = kept_for_backward(index, x, src)
     return _add(x, src, **_along(x.ndim, dim, index), label="ScatterAddBackward0")
 
 
@@ -497,6 +510,7 @@ def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) ->
             f"{tuple(source.shape)}, x.shape={tuple(x.shape)}, index.shape={index.shape}, dim={dim}"
         )
     source = source if alpha == 1 else source * alpha
+    index = kept_for_backward(index, x, source)
     return _add(x, source, axes=(dim,), index=(index,), label="IndexAddBackward0")
 
 
@@ -536,7 +550,7 @@ def masked_fill(x: Any, mask: Any, value: Any) -> Any:
         )
     if hasattr(value, "dtype"):
         value = to_dtype(value, x.dtype)
-    x, mask = broadcast_tensors(x, mask)
+    x, mask = broadcast_tensors(x, kept_for_backward(mask, x, value))
     return _masked_fill(x, value, mask=mask)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from gradengine.devices import array_module, check_same_device
 from gradengine.operation import array_of, operation
 from gradengine.ops.activation import log_softmax, logsigmoid
+from gradengine.ops.conversion import kept_for_backward
 from gradengine.ops.elementwise import abs, square, where
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape
@@ -184,7 +185,8 @@ def _weighed(scores: Any, weight: Any) -> Any:
     """Return scores times the weights of their classes."""
     if weight is None:
         return scores
-    return scores * reshape(array_of(weight), (-1, *(1,) * max(0, scores.ndim - 2)))
+    weight = kept_for_backward(weight, scores)
+    return scores * reshape(weight, (-1, *(1,) * max(0, scores.ndim - 2)))
 
 
 # ---- numbers -------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def batch_norm(
     value per channel; TypeError unless all have one dtype, float32, float64 or on CUDA float16.
     """
     _check_batch_norm(x, running_mean, running_var, training)
+    _check_vectors(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if not training:
         mean, var = array_of(running_mean), array_of(running_var)
         inv_std = 1 / array_module(var).sqrt(var + eps)
@@ -122,19 +123,29 @@ def _check_batch_norm(x: Any, running_mean: Any, running_var: Any, training: boo
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running is None and not training:
             raise ValueError(f"batch_norm: {name} must be given unless training; got {name}=None")
-        if running is not None and running.shape != shape[1:2]:
-            raise ValueError(
-                f"batch_norm: {name} must have one element for each channel "
-                f"({name}.shape == x.shape[1:2]); got x.shape={shape}, "
-                f"{name}.shape={tuple(running.shape)}"
-            )
-        if running is not None:
-            check_same_device("batch_norm", array_of(x), array_of(running))
     if training and shape[0] * math.prod(shape[2:]) == 1:
         raise ValueError(
             "batch_norm: Expected more than 1 value per channel when training, "
             f"got input size {shape}"
         )
+
+
+def _check_vectors(x: Any, **vectors: Any) -> None:
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(
+                f"batch_norm: {name} must have one element for each channel "
+                f"({name}.shape == x.shape[1:2]); got x.shape={tuple(x.shape)}, "
+                f"{name}.shape={tuple(vector.shape)}"
+            )
+        if vector.dtype != x.dtype:
+            raise TypeError(
+                f"batch_norm: {name} must have x's dtype ({name}.dtype == x.dtype); "
+                f"got x.dtype={x.dtype}, {name}.dtype={vector.dtype}"
+            )
+        check_same_device("batch_norm", array_of(x), array_of(vector))
 
 
 def _images(x: Any) -> Any:

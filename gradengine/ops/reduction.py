@@ -22,6 +22,7 @@ from gradengine.ops.shape import (
     flip,
     normalized_dim,
     normalized_dims,
+    numpy_spelled,
     pad,
     permute,
     reshape,
@@ -95,6 +96,7 @@ _unreduce.pullbacks(
 )
 
 
+@numpy_spelled
 def sum(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     """Return the sum over `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is None:
@@ -118,6 +120,7 @@ _mean.pullbacks(
 )
 
 
+@numpy_spelled
 def mean(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     """Return the mean over `dim`; `dtype` converts x first. TypeError unless x is floating."""
     if dtype is not None:
@@ -138,6 +141,7 @@ def _cumsum(x, *, dim, reverse):
 _cumsum.pullbacks(x=lambda grad, dim, reverse: _cumsum(grad, dim=dim, reverse=not reverse))
 
 
+@numpy_spelled
 def cumsum(x: Any, dim: int, dtype: Any = None) -> Any:
     """Return running sums along `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is not None:
@@ -197,11 +201,12 @@ def _degrees(name: str, x: Any, dim: Any, unbiased: bool, correction: float | No
             f"{name}: degrees of freedom is <= 0, the result is nan or inf (correction < count); "
             f"got correction={correction}, count={_count(x.shape, dims)}",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return dims, correction
 
 
+@numpy_spelled
 def var(
     x: Any,
     dim: Any = None,
@@ -219,6 +224,7 @@ def var(
     return _var(x, dim=dims, correction=correction, keepdim=keepdim)
 
 
+@numpy_spelled
 def std(
     x: Any,
     dim: Any = None,
@@ -288,6 +294,7 @@ def _extremes(operations: tuple[Any, ...], x: Any, dim: Any, keepdim: bool) -> A
     return ValuesIndices(values, indices)
 
 
+@numpy_spelled
 def max(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return the largest element of x; with `dim`, an int, the pair (values, indices) along it.
 
@@ -297,6 +304,7 @@ def max(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     return _extremes((maximum, _max, _argmax), x, dim, keepdim)
 
 
+@numpy_spelled
 def min(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return the smallest element of x; with `dim`, an int, the pair (values, indices) along it.
 
@@ -306,6 +314,7 @@ def min(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     return _extremes((minimum, _min, _argmin), x, dim, keepdim)
 
 
+@numpy_spelled
 def amax(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return the largest elements over `dim`; equal ones share the gradient. ValueError if none."""
     dims = _reduced_dims("amax", dim, x.ndim)
@@ -313,6 +322,7 @@ def amax(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     return _max(x, dim=dims, keepdim=keepdim, label="AmaxBackward0")
 
 
+@numpy_spelled
 def amin(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return the smallest elements over `dim`; equal ones share the gradient. ValueError if none."""
     dims = _reduced_dims("amin", dim, x.ndim)
@@ -327,11 +337,13 @@ def _place(name: str, locate: Any, x: Any, dim: int | None, keepdim: bool) -> An
     return reshape(place, _kept_shape(x.shape, dims)) if keepdim else place
 
 
+@numpy_spelled
 def argmax(x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
     """Return the int64 place of the first largest element along `dim`, or in x taken as flat."""
     return _place("argmax", _argmax, x, dim, keepdim)
 
 
+@numpy_spelled
 def argmin(x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
     """Return the int64 place of the first smallest element along `dim`, or in x taken as flat."""
     return _place("argmin", _argmin, x, dim, keepdim)
@@ -355,16 +367,19 @@ def _count_nonzero(x, *, dim):
     return (x != 0).sum(axis=dim, dtype=np.int64)
 
 
+@numpy_spelled
 def any(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return, as bool, whether any element over `dim` is nonzero."""
     return _any(x, dim=_reduced_dims("any", dim, x.ndim), keepdim=keepdim)
 
 
+@numpy_spelled
 def all(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Return, as bool, whether all elements over `dim` are nonzero."""
     return _all(x, dim=_reduced_dims("all", dim, x.ndim), keepdim=keepdim)
 
 
+@numpy_spelled
 def count_nonzero(x: Any, dim: Any = None) -> Any:
     """Return the number of nonzero elements over `dim`, as int64."""
     return _count_nonzero(x, dim=_reduced_dims("count_nonzero", dim, x.ndim))
@@ -414,6 +429,7 @@ def _product_of_others(x: Any) -> Any:
 _prod.pullbacks(x=_prod_gradient)
 
 
+@numpy_spelled
 def prod(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     """Return the product over `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is not None:
@@ -449,6 +465,7 @@ def _logsumexp_gradient(grad: Any, x: Any, out: Any, dim: Dims) -> Any:
 _logsumexp.pullbacks(x=_logsumexp_gradient)
 
 
+@numpy_spelled
 def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
     """Return log(sum(exp(x))) over `dim` without overflow; -inf where all elements are -inf.
 
@@ -480,6 +497,7 @@ def _norm_gradient(grad: Any, x: Any, out: Any, p: float, dim: Dims) -> Any:
 _norm.pullbacks(x=_norm_gradient)
 
 
+@numpy_spelled
 def norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False) -> Any:
     """Return the p-norm of the elements over `dim`: (sum |x|^p)^(1/p), for matrices too.
 

@@ -6,8 +6,9 @@ Where NumPy gives a view the result is one: it shares memory, and a write to eit
 from __future__ import annotations
 
 import builtins
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,19 @@ def normalized_dims(name: str, dim: Any, ndim: int) -> tuple[int, ...]:
     if len(set(dims)) != len(dims):
         raise ValueError(f"{name}: a dim must not appear twice; got dim={dim}, ndim={ndim}")
     return dims
+
+
+def numpy_spelled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `axis` and `keepdims` stand for `dim` and `keepdim`, as PyTorch does."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        for ours, theirs in (("dim", "axis"), ("keepdim", "keepdims")):
+            if theirs in options:
+                options[ours] = options.pop(theirs)
+        return function(*args, **options)
+
+    return call
 
 
 def _in_front(dim: int, item: Any) -> tuple[Any, ...]:
@@ -517,6 +531,7 @@ def _of_one_dtype(name: str, tensors: Any) -> list[Any]:
     return [x if x.dtype == dtype else cast(x, dtype=dtype) for x in tensors]
 
 
+@numpy_spelled
 def cat(tensors: Any, dim: int = 0) -> Any:
     """Return the tensors joined along `dim`, in their common dtype. Shapes must agree elsewhere.
 
@@ -543,6 +558,7 @@ def cat(tensors: Any, dim: int = 0) -> Any:
 concat = cat
 
 
+@numpy_spelled
 def stack(tensors: Any, dim: int = 0) -> Any:
     """Return the tensors joined along a new dim. Raises ValueError unless all have one shape."""
     tensors = _of_one_dtype("stack", tensors)

@@ -25,8 +25,8 @@ class SGD(Optimizer):
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
-        *,
         nesterov: bool = False,
+        *,
         maximize: bool = False,
     ) -> None:
         defaults = {

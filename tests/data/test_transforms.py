@@ -96,3 +96,10 @@ def test_it_prints_what_it_does() -> None:
         "ImageClassification(crop_size=224, resize_size=256, mean=[0.0, 0.0, 0.0], "
         "std=[1.0, 1.0, 1.0])"
     )
+
+
+def test_16_bit_grey_keeps_its_shades() -> None:
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    prepare = ImageClassification(8, 8, mean=(0, 0, 0), std=(1, 1, 1))
+    for image in (Image.fromarray(grey), Image.fromarray(grey.astype(np.int32))):
+        np.testing.assert_allclose(prepare(image).numpy()[0], (grey >> 8) / 255, atol=1e-6)

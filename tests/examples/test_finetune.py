@@ -403,3 +403,31 @@ def test_missing_package(
     monkeypatch.setattr(finetune, "find_spec", lambda name: None if name == package else name)
     line = refusal(capsys, "--out", tmp_path / "out")
     assert f"{package} is missing: pip install 'gradengine[examples]'" in line
+
+
+@pytest.mark.parametrize("option", ["--data", "--weights", "--out"])
+def test_empty_names_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main([option, ""])
+    assert capsys.readouterr().err == f"finetune: argument {option}: must not be empty\n"
+
+
+def test_too_little_memory_is_one_line(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(finetune, "train_epoch", fail)
+    assert finetune.main(["--data", str(images), *TINY, "--out", str(tmp_path / "run")]) == 2
+    assert "out of memory; lower --batch-size" in capsys.readouterr().err
+
+
+def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    assert finetune.main(["--out", str(path)]) == 2
+    assert capsys.readouterr().err == f"finetune: --out: this is not a folder; got {path}\n"

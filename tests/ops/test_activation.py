@@ -134,3 +134,21 @@ def test_dropout_checks_its_arguments():
             dropout(np.ones(3, np.float32), p)
     with pytest.raises(TypeError, match=r"dropout: x must be floating point .*got x.dtype=int64"):
         dropout(np.ones(3, np.int64))
+
+
+def test_softmax_of_a_number_and_of_no_rows():
+    x = ge.tensor(3.0, requires_grad=True)
+    (ge.softmax(x, 0) + ge.log_softmax(x, -1)).backward()
+    assert (ge.softmax(x, 0).item(), ge.log_softmax(x, 0).item(), x.grad.item()) == (1, 0, 0)
+    assert ge.log_softmax(ge.zeros(0, 3), 0).shape == (0, 3)  # and no warning
+    with pytest.raises(IndexError, match="softmax: dim must be in"):
+        ge.softmax(x, 1)
+
+
+def test_functional_takes_inplace_and_leaves_its_input():
+    x = ge.tensor([-1.0, 2.0])
+    for name in ("relu", "relu6", "silu", "leaky_relu", "elu", "hardtanh", "dropout"):
+        result = getattr(ge.nn.functional, name)(x, inplace=True)
+        assert result.shape == x.shape
+    assert ge.nn.functional.relu(x, True).tolist() == [0, 2]
+    assert x.tolist() == [-1, 2]

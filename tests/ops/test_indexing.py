@@ -224,8 +224,58 @@ def test_writing_in_place_records_both_gradients() -> None:
 
 
 def test_a_read_only_part_is_not_blamed_on_the_value() -> None:
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(RuntimeError, match="more than one element .* single memory location"):
         numbers(1).expand(3)[0] = 1.0
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, places, mask: x[places],
+        lambda x, places, mask: x[mask],
+        lambda x, places, mask: x.gather(0, places),
+        lambda x, places, mask: x.take_along_dim(places, 0),
+        lambda x, places, mask: ge.take(x, places),
+        lambda x, places, mask: x.index_select(0, places),
+        lambda x, places, mask: x.masked_fill(mask, 0.0),
+        lambda x, places, mask: x.masked_select(mask),
+        lambda x, places, mask: ge.where(mask, x, 0.0),
+        lambda x, places, mask: ge.zeros(3).scatter(0, places, x[:2])[:1],
+        lambda x, places, mask: ge.zeros(3).scatter_add(0, places, x[:2])[:1],
+        lambda x, places, mask: ge.zeros(3).index_add(0, places, x[:2])[:1],
+        lambda x, places, mask: ge.functional.index_add(x * 1, 0, places, x[:2])[:1],
+    ],
+)
+def test_backward_goes_where_forward_went_though_the_index_was_written_since(read: Any) -> None:
+    gradients = []
+    for written in (False, True):
+        x = ge.tensor([1.0, 2.0, 3.0], device="cpu", requires_grad=True)
+        places, mask = ge.tensor([0, 1], device="cpu"), ge.tensor([True, False, True], device="cpu")
+        y = read(x, places, mask)
+        if written:
+            places += 1
+            mask.zero_()
+        y.sum().backward()
+        gradients.append(x.grad.tolist())
+    assert gradients[0] == gradients[1]
+
+
+def test_an_index_that_was_written_with_is_kept_too() -> None:
+    x = ge.ones(3, device="cpu", requires_grad=True)
+    y = x * 1
+    places = ge.tensor([0, 1], device="cpu")
+    y[places] = 0.0
+    places += 1
+    y.sum().backward()
+    assert x.grad.tolist() == [0, 0, 1]
+
+
+def test_writing_to_the_indices_of_a_maximum_leaves_its_gradient() -> None:
+    x = ge.tensor([1.0, 3.0, 2.0], device="cpu", requires_grad=True)
+    values, indices = x.max(0)
+    indices.zero_()
+    values.backward()
+    assert x.grad.tolist() == [0, 1, 0]
 
 
 def test_masks_that_hold_nowhere() -> None:

@@ -151,3 +151,15 @@ def test_cuda_targets_must_be_on_the_scores_device_and_wrong_ones_give_nan():
         cross_entropy(scores().cuda(), classes(0, 1, 2))
     loss = cross_entropy(scores().cuda(), classes(0, 5, 2).cuda(), reduction="none")
     np.testing.assert_array_equal(np.isnan(loss.cpu().numpy()), [False, True, False])
+
+
+def test_class_weights_may_be_written_before_backward():
+    gradients = []
+    for written in (False, True):
+        x, weight = ge.ones(1, 3, requires_grad=True), ge.tensor([1.0, 2.0, 3.0])
+        loss = ge.cross_entropy(x, ge.tensor([1]), weight, label_smoothing=0.5)
+        if written:
+            weight.zero_()
+        loss.backward()
+        gradients.append(x.grad.tolist())
+    assert gradients[0] == gradients[1]

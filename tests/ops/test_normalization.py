@@ -106,7 +106,7 @@ def test_batch_norm_checks_its_arguments():
         batch_norm(np.ones((2, 3), np.float32), ones, ones[:1])
     with pytest.raises(ValueError, match=r"weight\.shape=\(2,\)"):
         batch_norm(np.ones((2, 3), np.float32), ones, ones, ones[:2], training=True)
-    with pytest.raises(TypeError, match="one dtype"):
+    with pytest.raises(TypeError, match="running_mean must have x.s dtype"):
         batch_norm(np.ones((2, 3)), ones, ones)
 
 
@@ -153,3 +153,17 @@ def test_layer_norm_checks_dtypes():
 def test_running_statistics_must_be_on_the_inputs_device():
     with pytest.raises(TypeError, match=r"batch_norm: .*one device"):
         batch_norm(tensor(4, 3).cuda(), tensor(3), tensor(3), training=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_each_vector_must_fit_the_input(name: str, training: bool):
+    names = ("running_mean", "running_var", "weight", "bias")
+    vectors: dict[str, Any] = {vector: ge.ones(3) for vector in names}
+    wrong: dict[str, Any] = vectors | {name: ge.ones(2)}
+    other: dict[str, Any] = vectors | {name: ge.ones(3, dtype=ge.float64)}
+    x = ge.randn(4, 3)
+    with pytest.raises(ValueError, match=f"{name} must have one element for each channel"):
+        batch_norm(x, training=training, **wrong)
+    with pytest.raises(TypeError, match=f"{name} must have x's dtype"):
+        batch_norm(x, training=training, **other)

@@ -286,3 +286,8 @@ def test_state_survives_a_file(tmp_path):
     resumed.step()
     for other, p in zip(others, made, strict=True):
         np.testing.assert_array_equal(other.detach().array, p.detach().array)
+
+
+def test_nesterov_stands_where_pytorch_has_it():
+    optimizer = optim.SGD([nn.Parameter(ge.ones(2))], 0.1, 0.9, 0, 0, True)
+    assert optimizer.param_groups[0]["nesterov"] is True

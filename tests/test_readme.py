@@ -1,0 +1,41 @@
+"""What README.md shows runs, and does what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gradengine as ge
+from gradengine.autograd import gradcheck, gradgradcheck
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLE, OPERATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_prints_what_its_comments_say(capsys):
+    names: dict[str, Any] = {}
+    exec(EXAMPLE, names)
+    assert capsys.readouterr().out == "tensor([True, True])\n"
+    assert repr(names["Q"]) in EXAMPLE
+    moved = [name for name, p in names["model"].named_parameters() if p.grad is not None]
+    assert moved == ["fc.weight", "fc.bias"]
+
+
+def test_the_operation_is_differentiable_to_second_order():
+    names: dict[str, Any] = {}
+    exec("from gradengine.devices import array_module", names)
+    exec("from gradengine.operation import elementwise", names)
+    exec(OPERATION, names)
+    x = ge.tensor([[0.5], [2.0]], dtype=ge.float64, requires_grad=True)
+    y = ge.tensor([1.5, -1.0], dtype=ge.float64, requires_grad=True)
+    assert gradcheck(names["hypot"], (x, y))
+    assert gradgradcheck(names["hypot"], (x, y))
+
+
+def test_the_folders_of_the_map_exist():
+    (table,) = re.findall(r"\| place \|.*?\n\n", README, re.DOTALL)
+    places = re.findall(r"`((?:gradengine|kernels|tests|benchmarks)/[a-z_./]*)`", table)
+    assert len(places) > 10
+    for place in places:
+        assert (Path(__file__).parents[1] / place).exists(), place
