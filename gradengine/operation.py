@@ -301,12 +301,16 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
             (type(b) is _ndarray and a.dtype is b.dtype and (not floating or a.dtype.kind == "f"))
             or ((type(b) is float or type(b) is int) and a.dtype.kind == "f")
         ):
-            out = forward(a, b)
+            try:
+                out = forward(a, b)
+            except ValueError:
+                raise _shape_error(op.name, a, b) from None
         else:
             x, y = conform(op.name, x, y, floating)
-            a = x.array if isinstance(x, Variable) else x
-            b = y.array if isinstance(y, Variable) else y
-            out = _call(op, (a, b), {})
+            try:
+                out = _call(op, (array_of(x), array_of(y)), {})
+            except ValueError:
+                raise _shape_error(op.name, x, y) from None
         node_x = x.node if isinstance(x, Variable) else None
         node_y = y.node if isinstance(y, Variable) else None
         if (node_x is None and node_y is None) or not op.rules or not grad_mode.enabled:
@@ -325,6 +329,13 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
         return result
 
     return apply
+
+
+def _shape_error(name: str, x: Any, y: Any) -> ValueError:
+    shapes = [tuple(getattr(value, "shape", ())) for value in (x, y)]
+    return ValueError(
+        f"{name}: shapes must broadcast together; got x.shape={shapes[0]}, y.shape={shapes[1]}"
+    )
 
 
 def _elementwise_edge(

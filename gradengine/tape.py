@@ -335,11 +335,17 @@ def _seeds(tensors: Sequence[Any], gradients: Sequence[Any], create_graph: bool)
             seed = devices.array_module(array).ones_like(array)
         else:
             seed = gradient.array if isinstance(gradient, Variable) else gradient
-            if getattr(seed, "shape", None) != array.shape:
+            if not hasattr(seed, "dtype"):
+                raise TypeError(
+                    "backward: gradient must be a Tensor, an array or None; "
+                    f"got {type(seed).__name__}"
+                )
+            if seed.shape != array.shape:
                 raise RuntimeError(
                     f"backward: Mismatch in shape: grad_output[{position}] has a shape of "
-                    f"{getattr(seed, 'shape', None)} and output[{position}] has a shape of {array.shape}"
+                    f"{seed.shape} and output[{position}] has a shape of {array.shape}"
                 )
+            devices.check_same_device("backward", seed, array)
             seed = seed.astype(array.dtype, copy=False)
         if create_graph:
             recorded = isinstance(gradient, Variable) and gradient.array is seed
@@ -451,6 +457,11 @@ def _run_hooks(node: Node, grad: Any) -> Any:
             raise RuntimeError(
                 f"hook '{name}' has changed the size of value; got {replacement.array.shape}, "
                 f"expected {node.shape}"
+            )
+        if replacement.array.dtype != node.dtype:
+            raise RuntimeError(
+                f"hook '{name}' has changed the dtype of value; got {replacement.array.dtype}, "
+                f"expected {node.dtype}"
             )
         tensor = replacement
     holder = node.retained_by() if node.retained_by is not None else None

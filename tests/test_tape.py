@@ -181,6 +181,8 @@ def test_backward_needs_a_scalar_or_a_seed_of_the_right_shape():
         (x * 2).backward()
     with pytest.raises(RuntimeError, match="Mismatch in shape"):
         (x * 2).backward(ge.ones(3))
+    with pytest.raises(TypeError, match="gradient must be a Tensor, an array or None; got list"):
+        (x * 2).backward([1.0, 1.0])
     with pytest.raises(RuntimeError, match="element 0 of tensors does not require grad"):
         ge.ones(1).backward()
     (x[:1] * 2).backward()  # one element of any shape counts as a scalar
@@ -446,6 +448,9 @@ def test_bad_hooks_are_named():
         x.register_hook(shrink),
         pytest.raises(RuntimeError, match="hook 'shrink' has changed the size"),
     ):
+        x.sum().backward()
+    widen = x.register_hook(lambda grad: grad.double())
+    with widen, pytest.raises(RuntimeError, match="has changed the dtype of value"):
         x.sum().backward()
     with pytest.raises(
         RuntimeError, match="cannot register a hook on a tensor that doesn't require"

@@ -114,6 +114,15 @@ def test_promotion(left, right, expected):
     assert ge.result_type(left, right) == expected
 
 
+def test_shapes_that_do_not_broadcast_are_named():
+    with pytest.raises(
+        ValueError, match=r"add: shapes must broadcast together; got x.shape=\(2,\)"
+    ):
+        ge.add(ge.ones(2), ge.ones(3))
+    with pytest.raises(ValueError, match=r"mul: .* got x.shape=\(2,\), y.shape=\(3, 1, 4\)"):
+        ge.mul(ge.ones(2), ge.tensor(np.ones((3, 1, 4))))
+
+
 def test_what_is_no_number_is_refused():
     with pytest.raises(TypeError, match="add: inputs must be Tensors, arrays or numbers; got list"):
         ge.add(ge.ones(2), [1, 2])
