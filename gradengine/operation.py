@@ -211,7 +211,7 @@ def _record(
     node = Node(label, out.shape, out.dtype)
     result = Variable.Result(out, node)
     if op.saves_output:
-        out = SavedOutput(result.array, result.version())
+        out = result._version = SavedOutput(result.array)
     rules = op.rule_list * len(inputs) if op.variadic else op.rule_list
     wanted = [isinstance(x, Variable) and x.node is not None for x in inputs]
     shared = None
@@ -283,7 +283,7 @@ def _unary(op: Operation, floating: bool) -> Callable[..., Any]:
         node = Node(op.label, out.shape, out.dtype)
         result = Variable.Result(out, node)
         if op.saves_output:
-            out = SavedOutput(result.array, result.version())
+            out = result._version = SavedOutput(result.array)
         node.edges = (_elementwise_edge(op, 0, (x,), node.shape, out, attributes),)
         return result
 
@@ -321,7 +321,7 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
         node = Node(op.label, shape, out.dtype)
         result = Variable.Result(out, node)
         if op.saves_output:
-            out = SavedOutput(result.array, result.version())
+            out = result._version = SavedOutput(result.array)
         node.edges = (
             node_x and _elementwise_edge(op, 0, (x, y), shape, out, None),
             node_y and _elementwise_edge(op, 1, (x, y), shape, out, None),

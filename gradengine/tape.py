@@ -39,14 +39,17 @@ class Version:
         self.stamp = 0
 
 
-class SavedOutput:
-    """An operation's own result, kept without its Tensor so that no reference cycle holds the memory."""
+class SavedOutput(Version):
+    """An operation's own result, kept without its Tensor so that no reference cycle holds the memory.
 
-    __slots__ = ("array", "version")
+    It is the result's version record at once: one small object for each such operation, not two.
+    """
 
-    def __init__(self, array: Any, version: Version) -> None:
+    __slots__ = ("array",)
+
+    def __init__(self, array: Any) -> None:
+        self.stamp = 0
         self.array = array
-        self.version = version
 
 
 class Node:
@@ -431,7 +434,7 @@ def _unpack(node: Node, saved: tuple[Any, ...], create_graph: bool) -> list[Any]
                 _refuse_stale(node, value.array)
             values.append(value if create_graph else value.array)
         elif isinstance(value, SavedOutput):
-            if value.version.stamp > node.index:
+            if value.stamp > node.index:
                 _refuse_stale(node, value.array)
             values.append(Variable.Result(value.array, node) if create_graph else value.array)
         elif isinstance(value, tuple) and value and isinstance(value[0], Variable):

@@ -24,7 +24,7 @@ def relu(x):
     return array_module(x).maximum(x, 0)
 
 
-@operation(label="ThresholdBackward0")
+@elementwise(label="ThresholdBackward0")
 def _relu_grad(grad, *, gate):
     return kernels.relu_grad(grad, gate)
 
