@@ -85,6 +85,7 @@ from gradengine.ops.indexing import (
     take_along_dim,
 )
 from gradengine.ops.interpolation import interpolate
+from gradengine.ops.joining import cat, chunk, hstack, narrow, split, stack, unbind, vstack
 from gradengine.ops.loss import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -96,6 +97,7 @@ from gradengine.ops.loss import (
 )
 from gradengine.ops.matmul import bmm, dot, einsum, linear, matmul, mm, mv, outer
 from gradengine.ops.normalization import batch_norm, layer_norm
+from gradengine.ops.padding import pad
 from gradengine.ops.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from gradengine.ops.reduction import (
     all,
@@ -119,37 +121,28 @@ from gradengine.ops.reduction import (
 from gradengine.ops.shape import (
     broadcast_tensors,
     broadcast_to,
-    cat,
-    chunk,
     clone,
     diag,
     diagonal,
     expand,
     flatten,
     flip,
-    hstack,
     meshgrid,
     movedim,
-    narrow,
-    pad,
     permute,
     ravel,
     repeat,
     reshape,
     roll,
-    split,
     squeeze,
-    stack,
     t,
     tile,
     transpose,
     tril,
     triu,
-    unbind,
     unflatten,
     unsqueeze,
     view,
-    vstack,
 )
 from gradengine.ops.sorting import argsort, sort, topk
 

@@ -16,7 +16,16 @@ import numpy as np
 
 from gradengine import devices, dtypes
 from gradengine.grad_mode import grad_mode
-from gradengine.ops import activation, conversion, elementwise, indexing, random, reduction, sorting
+from gradengine.ops import (
+    activation,
+    conversion,
+    elementwise,
+    indexing,
+    joining,
+    random,
+    reduction,
+    sorting,
+)
 from gradengine.ops import (
     matmul as products,
 )  # a class body that defines `matmul` and `shape` cannot
@@ -264,7 +273,7 @@ class Tensor(Variable):
     def __iter__(self) -> Iterator[Any]:
         if self.ndim == 0:
             raise TypeError("iter: iteration over a 0-d tensor")
-        return iter(shaping.unbind(self))
+        return iter(joining.unbind(self))
 
     def __contains__(self, value: Any) -> builtins.bool:
         return builtins.bool((self.array == conversion.array_of(value)).any())
@@ -557,7 +566,7 @@ class Tensor(Variable):
         shaping.movedim,
         shaping.t,
     )
-    split, chunk, unbind, narrow = shaping.split, shaping.chunk, shaping.unbind, shaping.narrow
+    split, chunk, unbind, narrow = joining.split, joining.chunk, joining.unbind, joining.narrow
     roll, tril, triu, diagonal = shaping.roll, shaping.tril, shaping.triu, shaping.diagonal
     clone, contiguous = shaping.clone, shaping.contiguous
 

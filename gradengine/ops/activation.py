@@ -11,9 +11,9 @@ from gradengine import kernels
 from gradengine.devices import array_module
 from gradengine.operation import array_of, elementwise, operation
 from gradengine.ops import random
+from gradengine.ops.dims import normalized_dim
 from gradengine.ops.elementwise import erf, exp, sigmoid, tanh, where
 from gradengine.ops.reduction import sum
-from gradengine.ops.shape import normalized_dim
 
 # ---- rectifiers ----------------------------------------------------------------------------------
 

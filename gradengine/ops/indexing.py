@@ -17,15 +17,9 @@ from gradengine import devices
 from gradengine.devices import array_module
 from gradengine.operation import array_of, operation, sum_to_shape
 from gradengine.ops.conversion import kept_for_backward, to_dtype
-from gradengine.ops.shape import (
-    broadcast_tensors,
-    expand,
-    normalized_dim,
-    ravel,
-    reshape,
-    slices,
-    unbind,
-)
+from gradengine.ops.dims import normalized_dim
+from gradengine.ops.joining import slices, unbind
+from gradengine.ops.shape import broadcast_tensors, expand, ravel, reshape
 
 Axes = tuple[int, ...]
 Index = tuple[Any, ...]

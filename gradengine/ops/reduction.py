@@ -16,20 +16,12 @@ from gradengine.devices import array_module
 from gradengine.dtypes import get_default_dtype
 from gradengine.operation import cast, operation
 from gradengine.ops.conversion import to_dtype
+from gradengine.ops.dims import normalized_dim, normalized_dims, numpy_spelled
 from gradengine.ops.elementwise import exp, maximum, minimum, sign, where
 from gradengine.ops.indexing import ValuesIndices, pick_along
-from gradengine.ops.shape import (
-    flip,
-    normalized_dim,
-    normalized_dims,
-    numpy_spelled,
-    pad,
-    permute,
-    reshape,
-    slices,
-    stack,
-    unsqueeze,
-)
+from gradengine.ops.joining import slices, stack
+from gradengine.ops.padding import pad
+from gradengine.ops.shape import flip, permute, reshape, unsqueeze
 
 # ---- dims ----------------------------------------------------------------------------------------
 

@@ -1,75 +1,20 @@
-"""Shape: reshaping, permuting, expanding, slicing, padding, joining and splitting.
+"""Shape: reshaping, permuting, expanding, repeating, flipping, rolling, triangles and diagonals.
 
 Where NumPy gives a view the result is one: it shares memory, and a write to either is seen by both.
 """
 
 from __future__ import annotations
 
-import builtins
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.dtypes import result_type
 from gradengine.operation import broadcast_to as _broadcast_to
-from gradengine.operation import cast, operation
-
-# ---- dims ----------------------------------------------------------------------------------------
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    """Return a sequence as a tuple, and a single value as a tuple of one."""
-    if type(value) is tuple:
-        return value
-    return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
-def normalized_dim(name: str, dim: int, ndim: int) -> int:
-    """Return `dim` counted from the front. Raises IndexError in the name of operation `name`."""
-    if not -ndim <= dim < ndim:
-        raise IndexError(
-            f"{name}: dim must be in [{-ndim}, {ndim - 1}] (-ndim <= dim < ndim); "
-            f"got dim={dim}, ndim={ndim}"
-        )
-    return dim % ndim
-
-
-def normalized_dims(name: str, dim: Any, ndim: int) -> tuple[int, ...]:
-    """Return an int or a sequence of ints as dims counted from the front, in the order given.
-
-    A 0-d tensor may be given dim 0 or -1, as in PyTorch. Raises ValueError for a repeated dim.
-    """
-    given = _as_tuple(dim)
-    if ndim == 0 and all(-1 <= one <= 0 for one in given):
-        return ()
-    dims = tuple([normalized_dim(name, one, ndim) for one in given])
-    if len(set(dims)) != len(dims):
-        raise ValueError(f"{name}: a dim must not appear twice; got dim={dim}, ndim={ndim}")
-    return dims
-
-
-def numpy_spelled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `axis` and `keepdims` stand for `dim` and `keepdim`, as PyTorch does."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        for ours, theirs in (("dim", "axis"), ("keepdim", "keepdims")):
-            if theirs in options:
-                options[ours] = options.pop(theirs)
-        return function(*args, **options)
-
-    return call
-
-
-def _in_front(dim: int, item: Any) -> tuple[Any, ...]:
-    """Return the basic index that applies `item` to axis `dim` and keeps the others whole."""
-    # The Ellipsis makes NumPy give a 0-d view, not a scalar, when every axis is taken.
-    return (*[slice(None)] * dim, item, ...)
-
+from gradengine.operation import operation
+from gradengine.ops.dims import as_tuple, normalized_dim, normalized_dims
 
 # ---- reshaping -----------------------------------------------------------------------------------
 
@@ -87,7 +32,7 @@ def reshape(x: Any, shape: Any) -> Any:
 
     Raises ValueError if the sizes do not multiply to the number of elements.
     """
-    shape = _as_tuple(shape)
+    shape = as_tuple(shape)
     try:
         return _reshape(x, shape=shape, label="ViewBackward0")
     except ValueError:
@@ -120,7 +65,7 @@ def view(x: Any, shape: Any) -> Any:
 
     Raises ValueError if the sizes do not fit, RuntimeError if x's strides would need a copy.
     """
-    shape = _as_tuple(shape)
+    shape = as_tuple(shape)
     try:
         return _view(x, shape=shape)
     except ValueError:
@@ -267,7 +212,7 @@ def expand(x: Any, shape: Any) -> Any:
 
     -1 keeps the size of an existing dim. Raises ValueError for a size neither 1 nor the target's.
     """
-    shape = _as_tuple(shape)
+    shape = as_tuple(shape)
     added = len(shape) - x.ndim
     current = (*[1] * added, *x.shape)
     target = tuple(
@@ -345,7 +290,7 @@ def repeat(x: Any, repeats: Any) -> Any:
 
     Raises ValueError for fewer repeats than dims.
     """
-    repeats = _as_tuple(repeats)
+    repeats = as_tuple(repeats)
     added = len(repeats) - x.ndim
     if added < 0:
         raise ValueError(
@@ -359,228 +304,8 @@ def repeat(x: Any, repeats: Any) -> Any:
 
 def tile(x: Any, dims: Any) -> Any:
     """Return x copied dims[i] times along dim i; missing leading counts are 1."""
-    dims = _as_tuple(dims)
+    dims = as_tuple(dims)
     return repeat(x, (*[1] * (x.ndim - len(dims)), *dims))
-
-
-# ---- slices and their adjoint --------------------------------------------------------------------
-
-
-@operation(label=lambda index, label: label, view=True)
-def slices(x, *, index, label):
-    """Return x[index] for a basic index that ends with, or holds, an Ellipsis: always a view."""
-    return x[index]
-
-
-@operation
-def assemble(*pieces, indices, shape):
-    """Return zeros of `shape` with each piece written at its basic index; none overlap."""
-    # The pieces' layout is kept. CuPy ignores an empty shape, hence the reshape.
-    out = array_module(pieces[0]).zeros_like(pieces[0], shape=shape).reshape(shape)
-    for piece, index in zip(pieces, indices, strict=True):
-        out[index] = piece
-    return out
-
-
-def _piece_of(grad: Any, position: int, indices: Any) -> Any:
-    return slices(grad, index=indices[position], label="SliceBackward0")
-
-
-slices.pullbacks(x=lambda grad, x_shape, index: assemble(grad, indices=(index,), shape=x_shape))
-assemble.pullbacks(pieces=_piece_of)
-
-
-def narrow(x: Any, dim: int, start: int, length: int) -> Any:
-    """Return the view of x that holds `length` places of `dim` from `start`, which may be negative.
-
-    Raises IndexError if they do not lie within the dim.
-    """
-    dim = normalized_dim("narrow", dim, x.ndim)
-    size = x.shape[dim]
-    first = start + size if start < 0 else start
-    if length < 0 or not 0 <= first <= size - length:
-        raise IndexError(
-            "narrow: the places must lie within dim (0 <= start, start + length <= x.shape[dim]); "
-            f"got start={start}, length={length}, x.shape[{dim}]={size}"
-        )
-    return _narrow(x, dim, first, length)
-
-
-def _narrow(x: Any, dim: int, start: int, length: int) -> Any:
-    index = _in_front(dim, slice(start, start + length))
-    return slices(x, index=index, label="SliceBackward0")
-
-
-# ---- splitting -----------------------------------------------------------------------------------
-#
-# A gradient of full size for each of n pieces would cost O(n^2). So all pieces of one split hang
-# on one node, `_divide`: each piece's pullback gives it a `Share`, shares add up by being
-# collected, and `_divide` writes them into one array.
-
-
-class Share:
-    """Parts of the gradient of a divided tensor: what `assemble` makes the whole of."""
-
-    __slots__ = ("dtype", "indices", "pieces", "shape")
-
-    def __init__(self, piece: Any, index: Any, shape: tuple[int, ...]) -> None:
-        self.pieces = [piece]
-        self.indices = [index]
-        self.shape = shape
-        self.dtype = piece.dtype
-
-    def __add__(self, other: Share) -> Share:
-        self.pieces += other.pieces
-        self.indices += other.indices
-        return self
-
-
-@operation(view=True)
-def _divide(x):
-    return x
-
-
-@operation(label=lambda index, label: label, view=True)
-def _piece(x, *, index, label):
-    return x[index]
-
-
-_divide.pullbacks(
-    x=lambda grad: assemble(*grad.pieces, indices=tuple(grad.indices), shape=grad.shape)
-)
-_piece.pullbacks(x=lambda grad, x_shape, index: Share(grad, index, x_shape))
-
-
-def _split(x: Any, dim: int, sizes: Sequence[int], label: str) -> tuple[Any, ...]:
-    whole, start, pieces = _divide(x), 0, []
-    for size in sizes:
-        index = _in_front(dim, slice(start, start + size))
-        pieces.append(_piece(whole, index=index, label=label))
-        start += size
-    return tuple(pieces)
-
-
-def split(x: Any, split_size_or_sections: Any, dim: int = 0) -> tuple[Any, ...]:
-    """Return views that divide x along `dim`: of one size, the last maybe smaller, or of several.
-
-    Raises ValueError for a size below 1, or sizes that do not add up to the dim's.
-    """
-    dim = normalized_dim("split", dim, x.ndim)
-    total = x.shape[dim]
-    if isinstance(split_size_or_sections, Sequence):
-        sizes = list(split_size_or_sections)
-        if builtins.sum(sizes) != total or any(size < 0 for size in sizes):
-            raise ValueError(
-                "split: the sizes must add up to the dim's (sum(sizes) == x.shape[dim]); "
-                f"got sizes={sizes}, x.shape[{dim}]={total}"
-            )
-        return _split(x, dim, sizes, "SplitWithSizesBackward0")
-    size = split_size_or_sections
-    if size < 1:
-        raise ValueError(f"split: the size of the pieces must be positive; got split_size={size}")
-    return _split(x, dim, _even_sizes(total, size), "SplitBackward0")
-
-
-def _even_sizes(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)] or [0]
-
-
-def chunk(x: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
-    """Return views of at most `chunks` equal pieces of x along `dim`, the last maybe smaller."""
-    if chunks < 1:
-        raise ValueError(f"chunk: chunks must be positive; got chunks={chunks}")
-    dim = normalized_dim("chunk", dim, x.ndim)
-    size = max(1, -(-x.shape[dim] // chunks))
-    return _split(x, dim, _even_sizes(x.shape[dim], size), "SplitBackward0")
-
-
-def unbind(x: Any, dim: int = 0) -> tuple[Any, ...]:
-    """Return the views of x at each place of `dim`, without that dim."""
-    dim = normalized_dim("unbind", dim, x.ndim)
-    whole = _divide(x)
-    return tuple(
-        [
-            _piece(whole, index=_in_front(dim, place), label="UnbindBackward0")
-            for place in range(x.shape[dim])
-        ]
-    )
-
-
-# ---- joining -------------------------------------------------------------------------------------
-
-
-@operation
-def _cat(*tensors, dim, indices):
-    return array_module(tensors[0]).concatenate(tensors, axis=dim)
-
-
-@operation
-def _stack(*tensors, dim, indices):
-    return array_module(tensors[0]).stack(tensors, axis=dim)
-
-
-_cat.pullbacks(tensors=_piece_of)
-_stack.pullbacks(tensors=_piece_of)
-
-
-def _of_one_dtype(name: str, tensors: Any) -> list[Any]:
-    tensors = list(tensors)
-    if not tensors:
-        raise ValueError(f"{name}: there must be at least one tensor; got tensors=[]")
-    dtype = result_type(*tensors)
-    return [x if x.dtype == dtype else cast(x, dtype=dtype) for x in tensors]
-
-
-@numpy_spelled
-def cat(tensors: Any, dim: int = 0) -> Any:
-    """Return the tensors joined along `dim`, in their common dtype. Shapes must agree elsewhere.
-
-    An empty 1-D tensor, shape (0,), joins with anything. Raises ValueError where shapes disagree.
-    """
-    tensors = _of_one_dtype("cat", tensors)
-    tensors = [x for x in tensors if x.shape != (0,)] or tensors[:1]
-    first = tensors[0].shape
-    dim = normalized_dim("cat", dim, len(first))
-    indices, start = [], 0
-    for x in tensors:
-        if len(x.shape) != len(first) or (
-            x.shape[:dim] != first[:dim] or x.shape[dim + 1 :] != first[dim + 1 :]
-        ):
-            raise ValueError(
-                "cat: shapes must agree in all dims but dim; "
-                f"got dim={dim}, shapes {', '.join(str(tuple(x.shape)) for x in tensors)}"
-            )
-        indices.append(_in_front(dim, slice(start, start + x.shape[dim])))
-        start += x.shape[dim]
-    return _cat(*tensors, dim=dim, indices=indices)
-
-
-concat = cat
-
-
-@numpy_spelled
-def stack(tensors: Any, dim: int = 0) -> Any:
-    """Return the tensors joined along a new dim. Raises ValueError unless all have one shape."""
-    tensors = _of_one_dtype("stack", tensors)
-    if any(x.shape != tensors[0].shape for x in tensors):
-        raise ValueError(
-            "stack: all shapes must be equal; "
-            f"got shapes {', '.join(str(tuple(x.shape)) for x in tensors)}"
-        )
-    dim = normalized_dim("stack", dim, tensors[0].ndim + 1)
-    indices = [_in_front(dim, place) for place in range(len(tensors))]
-    return _stack(*tensors, dim=dim, indices=indices)
-
-
-def hstack(tensors: Any) -> Any:
-    """Return the tensors joined along dim 1, or along dim 0 if they are 1-D; 0-d become 1-D."""
-    tensors = [reshape(x, (1,)) if x.ndim == 0 else x for x in tensors]
-    return cat(tensors, dim=0 if tensors and tensors[0].ndim == 1 else 1)
-
-
-def vstack(tensors: Any) -> Any:
-    """Return the tensors joined along dim 0; 0-d and 1-D become rows of a matrix."""
-    return cat([reshape(x, (1, -1)) if x.ndim < 2 else x for x in tensors], dim=0)
 
 
 # ---- flipping, rolling, triangles ----------------------------------------------------------------
@@ -614,7 +339,7 @@ def roll(x: Any, shifts: Any, dims: Any = None) -> Any:
 
     Without dims, x is rolled as if it were flat. Raises ValueError unless each dim has one shift.
     """
-    shifts = _as_tuple(shifts)
+    shifts = as_tuple(shifts)
     if dims is None and len(shifts) == 1:
         return reshape(_roll(ravel(x), shifts=shifts, dims=(0,)), x.shape)
     places = () if dims is None else normalized_dims("roll", dims, x.ndim)
@@ -709,110 +434,6 @@ def diag(x: Any, diagonal: int = 0) -> Any:
         raise ValueError(f"diag: x must have one or two dims; got x.shape={tuple(x.shape)}")
     size = x.shape[0] + abs(diagonal)
     return _diagonal_zeros(x, offset=diagonal, dim1=0, dim2=1, shape=(size, size))
-
-
-# ---- padding -------------------------------------------------------------------------------------
-
-
-@operation(label="ConstantPadNdBackward0")
-def _pad(x, *, widths, value):
-    """Add (before, after) places to each dim, or take them away where a width is negative."""
-    shape = tuple(
-        size + before + after for size, (before, after) in zip(x.shape, widths, strict=True)
-    )
-    out = array_module(x).full_like(x, value, shape=shape)
-    kept = tuple(
-        slice(max(0, before), max(0, before) + size + min(0, before) + min(0, after))
-        for size, (before, after) in zip(x.shape, widths, strict=True)
-    )
-    source = tuple(
-        slice(max(0, -before), size + min(0, after))
-        for size, (before, after) in zip(x.shape, widths, strict=True)
-    )
-    out[kept] = x[source]
-    return out
-
-
-_pad.pullbacks(
-    x=lambda grad, widths: _pad(
-        grad, widths=tuple((-before, -after) for before, after in widths), value=0
-    )
-)
-
-
-def pad(x: Any, pad: Any, mode: str = "constant", value: float = 0.0) -> Any:
-    """Return x with places added at both ends of its last dims, or taken away by negative widths.
-
-    `pad` holds (before, after) for the last dim, then for the one before it, and so on. `mode` is
-    "constant" (filled with `value`), "reflect" (mirrored without the edge), "replicate" (the edge
-    repeated) or "circular". Raises ValueError for widths that x cannot give.
-    """
-    widths = _pad_widths(tuple(x.shape), tuple(pad))
-    if mode == "constant":
-        return _pad(x, widths=widths, value=value)
-    edges = _EDGES.get(mode)
-    if edges is None:
-        raise ValueError(
-            f'pad: mode must be "constant", "reflect", "replicate" or "circular"; got mode={mode!r}'
-        )
-    cropped = tuple((min(0, before), min(0, after)) for before, after in widths)
-    if any(map(any, cropped)):
-        x = _pad(x, widths=cropped, value=0)
-    added = [(max(0, before), max(0, after)) for before, after in widths]
-    for dim, (before, after) in enumerate(added):
-        if before or after:
-            _check_edges(mode, x.shape, dim, max(before, after))
-            first, last = edges(x, dim, before, after)
-            x = cat([first, x, last], dim=dim)
-    return x
-
-
-def _pad_widths(shape: tuple[int, ...], pad: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    if len(pad) % 2 or len(pad) > 2 * len(shape):
-        raise ValueError(
-            "pad: pad must hold two widths for each padded dim (len(pad) even, <= 2 * ndim); "
-            f"got pad={pad}, ndim={len(shape)}"
-        )
-    pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
-    widths = ((0, 0),) * (len(shape) - len(pairs)) + tuple(pairs)
-    if any(size + before + after < 0 for size, (before, after) in zip(shape, widths, strict=True)):
-        raise ValueError(f"pad: no size may become negative; got pad={pad}, x.shape={shape}")
-    return widths
-
-
-def _check_edges(mode: str, shape: tuple[int, ...], dim: int, width: int) -> None:
-    largest = {"reflect": shape[dim] - 1, "circular": shape[dim]}.get(mode, width)
-    if shape[dim] == 0 or width > largest:
-        raise ValueError(
-            f"pad: mode {mode!r} can add at most {max(0, largest)} places to dim {dim}; "
-            f"got width={width}, x.shape={tuple(shape)}"
-        )
-
-
-def _reflected_edges(x: Any, dim: int, before: int, after: int) -> tuple[Any, Any]:
-    first = _narrow(x, dim, 1, before)
-    last = _narrow(x, dim, x.shape[dim] - 1 - after, after)
-    return _flip(first, dims=(dim,)), _flip(last, dims=(dim,))
-
-
-def _replicated_edges(x: Any, dim: int, before: int, after: int) -> tuple[Any, Any]:
-    head, tail = x.shape[:dim], x.shape[dim + 1 :]
-    first, last = _narrow(x, dim, 0, 1), _narrow(x, dim, x.shape[dim] - 1, 1)
-    return (
-        _broadcast_to(first, shape=(*head, before, *tail)),
-        _broadcast_to(last, shape=(*head, after, *tail)),
-    )
-
-
-def _circular_edges(x: Any, dim: int, before: int, after: int) -> tuple[Any, Any]:
-    return _narrow(x, dim, x.shape[dim] - before, before), _narrow(x, dim, 0, after)
-
-
-_EDGES = {
-    "reflect": _reflected_edges,
-    "replicate": _replicated_edges,
-    "circular": _circular_edges,
-}
 
 
 # ---- copies --------------------------------------------------------------------------------------

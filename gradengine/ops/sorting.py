@@ -9,8 +9,9 @@ from typing import Any
 
 from gradengine.devices import array_module
 from gradengine.operation import operation
+from gradengine.ops.dims import normalized_dim
 from gradengine.ops.indexing import ValuesIndices, pick_along
-from gradengine.ops.shape import normalized_dim, reshape
+from gradengine.ops.shape import reshape
 
 
 def _order(x: Any, dim: int, descending: bool) -> Any:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import gradengine as ge
+from gradengine import functional as ops
 from gradengine.autograd import gradgradcheck
-from gradengine.ops import shape as ops
+from gradengine.ops import joining
 
 
 def tensor(*shape: int, requires_grad: bool = False) -> Any:
@@ -192,13 +193,13 @@ def test_all_pieces_hang_on_one_node() -> None:
 def test_pieces_write_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many pieces are used, the whole gradient is assembled once."""
     wholes = []
-    assemble = ops.assemble
+    assemble = joining.assemble
 
     def counted(*pieces: Any, **places: Any) -> Any:
         wholes.append(len(pieces))
         return assemble(*pieces, **places)
 
-    monkeypatch.setattr(ops, "assemble", counted)
+    monkeypatch.setattr(joining, "assemble", counted)
     x = tensor(100, 2, requires_grad=True)
     sum(2 * row.sum() for row in x.unbind()[::2]).backward()
     assert wholes == [50]
