@@ -26,10 +26,10 @@ from gradengine.ops import (
     reduction,
     sorting,
 )
-from gradengine.ops import (
-    matmul as products,
-)  # a class body that defines `matmul` and `shape` cannot
-from gradengine.ops import shape as shaping  # also name the modules so
+
+# A class body that defines `matmul` and `shape` cannot also call the modules that.
+from gradengine.ops import matmul as products
+from gradengine.ops import shape as shaping
 from gradengine.printing import tensor_repr
 from gradengine.tape import Variable, tick
 
