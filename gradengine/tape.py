@@ -101,7 +101,7 @@ def _holds_memory(saved: Any) -> bool:
     """Whether a saved value is an array in some form, and not a number or a shape."""
     if isinstance(saved, tuple):
         return any(isinstance(value, Variable) for value in saved)
-    return isinstance(saved, Variable | SavedOutput) or hasattr(saved, "nbytes")
+    return isinstance(saved, (Variable, SavedOutput)) or hasattr(saved, "nbytes")
 
 
 class RemovableHandle:

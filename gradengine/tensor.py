@@ -281,13 +281,13 @@ class Tensor(Variable):
     __hash__ = object.__hash__
 
     def __eq__(self, other: object) -> Any:
-        comparable = isinstance(other, Variable | builtins.int | builtins.float) or hasattr(
+        comparable = isinstance(other, (Variable, builtins.int, builtins.float)) or hasattr(
             other, "dtype"
         )
         return elementwise.eq(self, other) if comparable else NotImplemented
 
     def __ne__(self, other: object) -> Any:
-        comparable = isinstance(other, Variable | builtins.int | builtins.float) or hasattr(
+        comparable = isinstance(other, (Variable, builtins.int, builtins.float)) or hasattr(
             other, "dtype"
         )
         return elementwise.ne(self, other) if comparable else NotImplemented

@@ -166,7 +166,7 @@ def _module(name: str, family: str, **arrays: Array) -> ModuleType:
 
 
 def _place(array: Array) -> str:
-    return "cpu" if isinstance(array, np.ndarray | np.generic) else "cuda"
+    return "cpu" if isinstance(array, (np.ndarray, np.generic)) else "cuda"
 
 
 @cache

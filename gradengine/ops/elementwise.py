@@ -200,7 +200,7 @@ def _log_of(base: Any) -> Any:
 
 def pow(x: Any, exponent: Any) -> Any:
     """Return x ** exponent, elementwise; either may be a number. The gradient by 0's exponent is 0."""
-    number = isinstance(exponent, int | float) and not isinstance(exponent, bool)
+    number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
     if number and hasattr(x, "dtype") and (x.dtype.kind == "f" or isinstance(exponent, int)):
         if x.dtype.kind in "iu" and exponent < 0:
             raise RuntimeError(
