@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import gradengine as ge
 from gradengine.models import resnet18
 
+Make = Callable[[Any, Any, Any, Any], Callable[[], Any]]  # (library, model, images, labels) -> run
 SIZES = [(16, 224), (8, 64), (1, 64)]
 
 
@@ -36,46 +38,46 @@ def _step(library: Any, model: Any, images: Any, labels: Any) -> Callable[[], No
     return step
 
 
-def _freeze_backbone(library: Any, model: Any) -> None:
+def _theirs(torch: Any, data: Any, make: Make) -> Callable[[], Any]:
+    """Return make(torch, model, images, labels) in the memory layout that is the faster here."""
+    from tests.models import torch_resnet
+
+    images, labels = map(torch.from_numpy, data)
+    runs = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = torch_resnet.resnet(18).to(memory_format=layout)
+        runs.append(make(torch, model, images.contiguous(memory_format=layout), labels))
+    return min(runs, key=_seconds)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    run()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _frozen_step(library: Any, model: Any, images: Any, labels: Any) -> Callable[[], None]:
+    """Return a training step of a new last layer on a frozen backbone."""
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.fc = library.nn.Linear(512, 1000)
+    return _step(library, model, images, labels)
 
 
-def _theirs(torch: Any, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any, Any]:
-    """Return PyTorch's model and data, channels last where that is its faster layout."""
-    layout = torch.channels_last if images.shape[-1] > 64 else torch.contiguous_format
-    from tests.models import torch_resnet
-
-    model = torch_resnet.resnet(18).to(memory_format=layout)
-    return (
-        model,
-        torch.from_numpy(images).contiguous(memory_format=layout),
-        torch.from_numpy(labels),
-    )
+def _forward(library: Any, model: Any, images: Any, labels: Any) -> Callable[[], Any]:
+    model.eval()
+    return library.no_grad()(lambda: model(images))
 
 
 @pytest.mark.filterwarnings("ignore:BatchNorm")  # frozen by hand: statistics move, as in PyTorch
-@pytest.mark.parametrize("frozen", [False, True], ids=["training_step", "frozen_step"])
-def test_step(race: Any, torch: Any, data: Any, frozen: bool) -> None:
-    images, labels = data
-    runs: list[Any] = [None, None]
-    sides = [(ge, (resnet18(), ge.from_numpy(images), ge.from_numpy(labels)))]
-    if torch:
-        sides.append((torch, _theirs(torch, images, labels)))
-    for place, (library, (model, x, y)) in enumerate(sides):
-        if frozen:
-            _freeze_backbone(library, model)
-        runs[place] = _step(library, model, x, y)
-    race(*runs, rounds=5 if images.shape[-1] > 64 else 15)
-
-
-def test_forward(race: Any, torch: Any, data: Any) -> None:
-    images, labels = data
-    model, x = resnet18().eval(), ge.from_numpy(images)
-    peer = None
-    if torch:
-        their_model, their_x, _ = _theirs(torch, images, labels)
-        their_model.eval()
-        peer = torch.no_grad()(lambda: their_model(their_x))
-    race(ge.no_grad()(lambda: model(x)), peer, rounds=5 if images.shape[-1] > 64 else 15)
+@pytest.mark.parametrize(
+    "make", [_step, _frozen_step, _forward], ids=["training_step", "frozen_step", "forward"]
+)
+def test_resnet18(race: Any, torch: Any, data: Any, make: Any) -> None:
+    rounds = 5 if data[0].shape[-1] > 64 else 15
+    ours = make(ge, resnet18(), *map(ge.from_numpy, data))
+    race(ours, _theirs(torch, data, make) if torch else None, rounds=rounds)

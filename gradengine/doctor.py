@@ -21,6 +21,7 @@ from gradengine.devices import (
     device_count,
     import_cupy,
 )
+from gradengine.weights.download import weights_folder
 
 OPTIONAL_PACKAGES = ("pillow", "tqdm", "matplotlib", "scikit-learn", "safetensors", "scipy")
 
@@ -38,7 +39,7 @@ def report() -> str:
         *((name, lambda name=name: _optional_package(name)) for name in OPTIONAL_PACKAGES),
         ("numba cache", lambda: _folder(_numba_cache())),
         ("cupy kernel cache", lambda: _folder(_cupy_cache())),
-        ("weights cache", lambda: _folder(_weights_cache())),
+        ("weights cache", lambda: _folder(weights_folder())),
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name + ':':{width}}{_finding(row)}" for name, row in rows)
@@ -135,12 +136,6 @@ def _numba_cache() -> Path:
 
 def _cupy_cache() -> Path:
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-
-
-def _weights_cache() -> Path:
-    from gradengine.weights.download import _cache_root
-
-    return _cache_root() / "gradengine" / "weights"
 
 
 def _folder(folder: Path) -> str:

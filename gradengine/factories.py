@@ -101,7 +101,8 @@ def asarray(
     if isinstance(data, Variable):
         target = devices.device_of(data.array) if device is None else device
         result = data.to(target, dtype=dtype, copy=bool(copy))  # type: ignore[attr-defined]
-    elif devices_array(data):
+    elif _is_array(data):
+        as_dtype(data.dtype)
         result = Tensor(data)
         result = result.to(
             devices.device_of(data) if device is None else device, dtype=dtype, copy=bool(copy)
@@ -116,8 +117,7 @@ def asarray(
 as_tensor = asarray
 
 
-def devices_array(value: Any) -> bool:
-    """Return whether `value` is a NumPy or CuPy array."""
+def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray) or hasattr(value, "__cuda_array_interface__")
 
 

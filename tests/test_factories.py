@@ -38,6 +38,11 @@ def test_tensor_refuses_what_holds_no_numbers(data):
         ge.tensor(data)
 
 
+def test_asarray_refuses_arrays_that_tensors_cannot_hold():
+    with pytest.raises(TypeError, match="complex128"):
+        ge.asarray(np.array([1j]))
+
+
 def test_tensor_of_a_tensor_is_a_leaf_of_its_own():
     x = ge.ones(2, requires_grad=True)
     y = ge.tensor(x * 2, requires_grad=True)

@@ -43,7 +43,7 @@ def fetch(
     name = _checked_name(url)
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"fetch: sha256 must be 64 hexadecimal digits; got sha256={sha256!r}")
-    target = Path(folder if folder is not None else _cache_root() / "gradengine/weights") / name
+    target = Path(folder if folder is not None else weights_folder()) / name
     fallback = _torch_folder() / name
     if target.is_file():
         if _digest(target) == sha256:
@@ -87,6 +87,11 @@ def _check_address(url: str) -> None:
 
 def _cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def weights_folder() -> Path:
+    """Return the folder in which downloaded weights are kept."""
+    return _cache_root() / "gradengine" / "weights"
 
 
 def _torch_folder() -> Path:
