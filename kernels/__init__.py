@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,24 +24,59 @@ if TYPE_CHECKING:
     from gradengine.kernels.geometry import Conv2dGeometry, Pool2dGeometry
     from gradengine.kernels.layout import Array
 
+
+class PackedConv2d(NamedTuple):
+    """A convolution's weight in the layout that one device's kernels read for one geometry."""
+
+    data: Any
+    geometry: Conv2dGeometry
+    dtype: np.dtype
+
+
 _DTYPES = {
     "cpu": (np.dtype(np.float32), np.dtype(np.float64)),
     "cuda": (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)),
 }
 
 
-def conv2d(x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry) -> Array:
-    """Cross-correlate x (N, C, H, W) with weight (K, C / groups, R, S) and add bias (K,) or None.
+def conv2d(
+    x: Array,
+    weight: Array | PackedConv2d,
+    bias: Array | None,
+    geometry: Conv2dGeometry,
+    *,
+    residual: Array | None = None,
+    relu: bool = False,
+) -> Array:
+    """Cross-correlate x (N, C, H, W) with weight (K, C / groups, R, S), add bias (K,) and residual.
 
-    Returns (N, K, out_height, out_width).
+    weight may also be what `pack_conv2d` made for this geometry. With `relu`, negative results
+    become 0. bias and residual may be None. Returns (N, K, out_height, out_width).
     """
-    _check_shape("conv2d", "x", x, geometry.input_shape)
+    arrays = _check_conv2d("conv2d", x, weight, bias, geometry)
+    if residual is not None:
+        _check_shape("conv2d", "residual", residual, geometry.output_shape)
+        arrays["residual"] = residual
+    module = _module("conv2d", "conv2d", **arrays)
+    return module.conv2d(x, weight, bias, geometry, residual=residual, relu=relu)
+
+
+def conv2d_moments(
+    x: Array, weight: Array | PackedConv2d, bias: Array | None, geometry: Conv2dGeometry
+) -> tuple[Array, Array, Array]:
+    """Give conv2d's result and its mean and biased variance by channel, both float64 (K,).
+
+    They are gathered while the result is in cache. Of an empty batch they are 0.
+    """
+    arrays = _check_conv2d("conv2d", x, weight, bias, geometry)
+    return _module("conv2d", "conv2d", **arrays).conv2d_moments(x, weight, bias, geometry)
+
+
+def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> PackedConv2d:
+    """Lay weight (K, C / groups, R, S) out once for many convolutions of this geometry."""
     _check_shape("conv2d", "weight", weight, geometry.weight_shape)
-    if bias is None:
-        return _module("conv2d", "conv2d", x=x, weight=weight).conv2d(x, weight, None, geometry)
-    _check_shape("conv2d", "bias", bias, (geometry.out_channels,))
-    module = _module("conv2d", "conv2d", x=x, weight=weight, bias=bias)
-    return module.conv2d(x, weight, bias, geometry)
+    module = _module("conv2d", "conv2d", weight=weight)
+    return PackedConv2d(module.pack_conv2d(weight, geometry), geometry, weight.dtype)
 
 
 def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
@@ -151,6 +186,31 @@ def erf(x: Array) -> Array:
 def relu_grad(grad: Array, out: Array) -> Array:
     """Give grad where `out`, the result of relu, is not 0, and 0 elsewhere, for any shape."""
     return _import_family(_place(grad), "activation").relu_grad(grad, out)
+
+
+def _check_conv2d(
+    name: str,
+    x: Array,
+    weight: Array | PackedConv2d,
+    bias: Array | None,
+    geometry: Conv2dGeometry,
+) -> dict[str, Array]:
+    """Check the arguments of a forward convolution; give the arrays that must be of one kind."""
+    _check_shape(name, "x", x, geometry.input_shape)
+    arrays = {"x": x}
+    if isinstance(weight, PackedConv2d):
+        if weight.geometry[1:] != geometry[1:]:  # the batch may differ
+            raise ValueError(
+                f"{name}: a packed weight serves the geometry it was packed for; "
+                f"got {weight.geometry}, expected {geometry}"
+            )
+    else:
+        _check_shape(name, "weight", weight, geometry.weight_shape)
+        arrays["weight"] = weight
+    if bias is not None:
+        _check_shape(name, "bias", bias, (geometry.out_channels,))
+        arrays["bias"] = bias
+    return arrays
 
 
 def _module(name: str, family: str, **arrays: Array) -> ModuleType:

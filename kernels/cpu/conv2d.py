@@ -6,7 +6,7 @@ R x S kernel taps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import prange
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 COLUMN_BYTES = 16 << 20
 
 
-def conv2d(x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry) -> Array:
+def conv2d(
+    x: Array,
+    weight: Any,
+    bias: Array | None,
+    geometry: Conv2dGeometry,
+    *,
+    residual: Array | None = None,
+    relu: bool = False,
+) -> Array:
+    weight = weight.data if isinstance(weight, tuple) else weight
     matrices = _weight_matrices(weight, geometry)
     out = _empty_output(geometry, x.dtype)
     pixels = _group_pixels(out, geometry.groups)
@@ -33,7 +42,25 @@ def conv2d(x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry
         np.matmul(columns, matrices[group].T, out=pixels[rows, group])
     if bias is not None:
         out += bias
+    if residual is not None:
+        out += residual.transpose(0, 2, 3, 1)
+    if relu:
+        np.maximum(out, 0, out=out)
     return from_nhwc(out)
+
+
+def conv2d_moments(
+    x: Array, weight: Any, bias: Array | None, geometry: Conv2dGeometry
+) -> tuple[Array, Array, Array]:
+    out = conv2d(x, weight, bias, geometry)
+    values = out.astype(np.float64)
+    if not out.size:
+        return out, np.zeros(out.shape[1]), np.zeros(out.shape[1])
+    return out, values.mean(axis=(0, 2, 3)), values.var(axis=(0, 2, 3))
+
+
+def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> Array:
+    return weight.copy()
 
 
 def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:

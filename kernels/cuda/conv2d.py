@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradengine.devices import array_module
 from gradengine.kernels.cuda.windows import pad, padded_shape, sum_dtype, taps, unpad, windows
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 COLUMN_BYTES = 256 << 20
 
 
-def conv2d(x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry) -> Array:
+def conv2d(
+    x: Array,
+    weight: Any,
+    bias: Array | None,
+    geometry: Conv2dGeometry,
+    *,
+    residual: Array | None = None,
+    relu: bool = False,
+) -> Array:
+    weight = weight.data if isinstance(weight, tuple) else weight
     matrices = _group_matrices(to_nhwc(weight), geometry)
     shape = (geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels)
     out = array_module(x).empty(shape, x.dtype)
@@ -25,7 +34,26 @@ def conv2d(x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry
         target[...] = (columns @ matrices[group].T).reshape(target.shape)
     if bias is not None:
         out += bias
+    if residual is not None:
+        out += to_nhwc(residual)
+    if relu:
+        array_module(x).maximum(out, 0, out=out)
     return from_nhwc(out)
+
+
+def conv2d_moments(
+    x: Array, weight: Any, bias: Array | None, geometry: Conv2dGeometry
+) -> tuple[Array, Array, Array]:
+    out = conv2d(x, weight, bias, geometry)
+    values = out.astype("float64")
+    if not out.size:
+        zeros = array_module(x).zeros(out.shape[1])
+        return out, zeros, zeros.copy()
+    return out, values.mean(axis=(0, 2, 3)), values.var(axis=(0, 2, 3))
+
+
+def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> Array:
+    return weight.copy()
 
 
 def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
