@@ -26,7 +26,6 @@ SHAPES = [
     (256, 512, 14, 1, 2),
     (512, 512, 7, 3, 1),
 ]
-PASSES = ("forward", "grad_input", "grad_weight")
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
@@ -34,23 +33,26 @@ def _channels_last(array: np.ndarray) -> np.ndarray:
 
 
 def _peer(torch: Any, which: str, x: Any, weight: Any, grad: Any, stride: int) -> Callable[[], Any]:
-    """Return PyTorch's run of one pass, with everything in its faster layout, channels last."""
-    x, weight, grad = (
-        torch.from_numpy(array).contiguous(memory_format=torch.channels_last)
-        for array in (x, weight, grad)
-    )
+    """Return PyTorch's run of one pass on its tensors, in whichever layout they have."""
     padding = weight.shape[2] // 2
     if which == "forward":
         return lambda: torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
-    mask = (which == "grad_input", which == "grad_weight", False)
+    mask = (which == "gradient by input", which == "gradient by weight", False)
     geometry = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
     return lambda: torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, mask)
 
 
-@pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize(
-    "shape", SHAPES, ids=lambda s: f"{s[3]}x{s[3]}/{s[4]}-{s[0]}-{s[1]}-{s[2]}px"
-)
+def _peers(torch: Any, which: str, arrays: tuple[np.ndarray, ...], stride: int) -> dict[str, Any]:
+    layouts = {"PyTorch nchw": torch.contiguous_format, "PyTorch nhwc": torch.channels_last}
+    runs = {}
+    for name, layout in layouts.items():
+        tensors = [torch.from_numpy(array).contiguous(memory_format=layout) for array in arrays]
+        runs[name] = _peer(torch, which, *tensors, stride)
+    return runs
+
+
+@pytest.mark.parametrize("which", ["forward", "gradient by input", "gradient by weight"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_convolution(race: Any, torch: Any, shape: tuple[int, ...], which: str) -> None:
     inputs, outputs, size, kernel, stride = shape
     random = np.random.default_rng(0)
@@ -58,11 +60,14 @@ def test_convolution(race: Any, torch: Any, shape: tuple[int, ...], which: str) 
     weight = random.standard_normal((outputs, inputs, kernel, kernel), dtype=np.float32)
     geometry = conv2d_geometry(x.shape, weight.shape, stride, kernel // 2, 1, 1)
     grad = _channels_last(random.standard_normal(geometry.output_shape, dtype=np.float32))
-    runs = {
+    ours = {
         "forward": lambda: kernels.conv2d(x, weight, None, geometry),
-        "grad_input": lambda: kernels.conv2d_grad_input(grad, weight, geometry),
-        "grad_weight": lambda: kernels.conv2d_grad_weight(grad, x, geometry),
+        "gradient by input": lambda: kernels.conv2d_grad_input(grad, weight, geometry),
+        "gradient by weight": lambda: kernels.conv2d_grad_weight(grad, x, geometry),
     }
-    flop = 2 * grad.size * inputs * kernel**2
-    peer = _peer(torch, which, x, weight, grad, stride) if torch else None
-    race(runs[which], peer, flop=flop, rounds=7)
+    runs = {"gradengine": ours[which]}
+    if torch:
+        runs |= _peers(torch, which, (x, weight, grad), stride)
+    name = f"{kernel}x{kernel}, stride {stride}, {inputs} to {outputs} channels, {size} px, {which}"
+    group = f"Convolutions of ResNet-18, batch {BATCH}"
+    race(group, name, runs, flop=2 * grad.size * inputs * kernel**2, seconds=1.5)

@@ -1,4 +1,4 @@
-"""Matrix products, forward and with both gradients."""
+"""Matrix products: square from 16 to 4096, and the tall, flat and transposed ones of a network."""
 
 from __future__ import annotations
 
@@ -9,25 +9,58 @@ import pytest
 
 import gradengine as ge
 
+GROUP = "Products of float32 matrices"
+SQUARE = [(size, size, size, "NN") for size in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)]
+# (M, K, N, kind): the first is M x K, the second K x N, T marks the one that is a transposed view
+OTHERS = [
+    (256, 256, 256, "NT"),
+    (256, 256, 256, "TN"),
+    (2048, 2048, 2048, "NT"),
+    (2048, 2048, 2048, "TN"),
+    (16, 512, 1000, "NT"),  # ResNet-18's last layer, forward
+    (16, 1000, 512, "NN"),  # its gradient by input
+    (1000, 16, 512, "TN"),  # and by weight
+    (50176, 64, 64, "NN"),  # many pixels, few channels
+    (64, 50176, 64, "TN"),
+    (1, 4096, 4096, "NN"),
+    (8, 4096, 4096, "NN"),
+]
 
-@pytest.mark.parametrize("size", [64, 256, 1024, 2048])
-def test_matmul(race: Any, torch: Any, size: int) -> None:
-    a, b = np.random.default_rng(0).random((2, size, size), dtype=np.float32)
+
+def _matrix(rows: int, columns: int, kind: str) -> np.ndarray:
+    random = np.random.default_rng(rows)
+    if kind == "T":
+        return random.random((columns, rows), dtype=np.float32).T
+    return random.random((rows, columns), dtype=np.float32)
+
+
+@pytest.mark.parametrize("case", SQUARE + OTHERS, ids=str)
+def test_matmul(race: Any, torch: Any, case: tuple[int, int, int, str]) -> None:
+    rows, inner, columns, kind = case
+    a, b = _matrix(rows, inner, kind[0]), _matrix(inner, columns, kind[1])
     x, y = ge.from_numpy(a), ge.from_numpy(b)
-    theirs = [torch.from_numpy(a), torch.from_numpy(b)] if torch else []
-    race(lambda: x @ y, (lambda: theirs[0] @ theirs[1]) if torch else None, flop=2 * size**3)
+    runs = {"gradengine": lambda: x @ y, "NumPy": lambda: a @ b}
+    if torch:
+        u, v = torch.from_numpy(a), torch.from_numpy(b)
+        runs["PyTorch"] = lambda: u @ v
+    name = f"{rows} x {inner} by {inner} x {columns}, {kind}"
+    race(GROUP, name, runs, flop=2 * rows * inner * columns, seconds=1.5)
 
 
-@pytest.mark.parametrize("size", [256, 1024])
-def test_matmul_and_gradients(race: Any, torch: Any, size: int) -> None:
-    a, b, seed = np.random.default_rng(0).random((3, size, size), dtype=np.float32)
+def test_matmul_and_gradients(race: Any, torch: Any) -> None:
+    size = 1024
+    arrays = np.random.default_rng(0).random((3, size, size), dtype=np.float32)
 
     def step(x: Any, y: Any, grad: Any) -> None:
         x.grad = y.grad = None
         (x @ y).backward(grad)
 
-    ours = [ge.from_numpy(array.copy()) for array in (a, b, seed)]
-    theirs = [torch.from_numpy(array.copy()) for array in (a, b, seed)] if torch else []
-    for x in (*ours[:2], *theirs[:2]):
-        x.requires_grad_()
-    race(lambda: step(*ours), (lambda: step(*theirs)) if torch else None, flop=6 * size**3)
+    def contestant(library: Any) -> Any:
+        tensors = [library.from_numpy(array.copy()) for array in arrays]
+        tensors[0].requires_grad_()
+        tensors[1].requires_grad_()
+        return lambda: step(*tensors)
+
+    libraries = {"gradengine": ge} | ({"PyTorch": torch} if torch else {})
+    runs = {name: contestant(library) for name, library in libraries.items()}
+    race(GROUP, f"{size} x {size}, with both gradients", runs, flop=6 * size**3)

@@ -39,8 +39,8 @@ def test_chain(race: Any, torch: Any, name: str) -> None:
     count = OPERATIONS // per_step
     values = np.ones(8, np.float32)
     ours = ge.tensor(values, device="cpu", requires_grad=True)
-    run = _run(ours, ge.ones(8, device="cpu"), count, step)
-    peer = None
+    runs = {"gradengine": _run(ours, ge.ones(8, device="cpu"), count, step)}
     if torch:
-        peer = _run(torch.tensor(values, requires_grad=True), torch.ones(8), count, step)
-    race(run, peer, calls=OPERATIONS)
+        leaf = torch.tensor(values, requires_grad=True)
+        runs["PyTorch"] = _run(leaf, torch.ones(8), count, step)
+    race("One recorded operation, forward and backward", name, runs, calls=OPERATIONS)

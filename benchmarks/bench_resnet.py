@@ -2,82 +2,120 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gradengine as ge
+from benchmarks import engines
 from gradengine.models import resnet18
 
-Make = Callable[[Any, Any, Any, Any], Callable[[], Any]]  # (library, model, images, labels) -> run
-SIZES = [(16, 224), (8, 64), (1, 64)]
+Make = Callable[[Any, Any, Any, Any, Any], Callable[[], Any]]
+GROUP = "ResNet-18"
 
 
-@pytest.fixture(params=SIZES, ids=lambda size: f"batch{size[0]}-{size[1]}px")
-def data(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 3, H, W) and labels (N,)."""
-    batch, pixels = request.param
+def _data(batch: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images (N, 3, H, W) and labels (N,)."""
     random = np.random.default_rng(0)
     images = random.standard_normal((batch, 3, pixels, pixels), dtype=np.float32)
     return images, random.integers(0, 1000, batch)
 
 
-def _step(library: Any, model: Any, images: Any, labels: Any) -> Callable[[], None]:
+def _theirs(torch: Any, data: Any, make: Make, state: Any) -> dict[str, Callable[[], Any]]:
+    """Return make(torch, model, images, labels, autocast) for both memory layouts and bfloat16."""
+    from tests.models import torch_resnet
+
+    images, labels = map(torch.from_numpy, data)
+    runs = {}
+    for name, layout, autocast in (
+        ("PyTorch nchw", torch.contiguous_format, nullcontext()),
+        ("PyTorch nhwc", torch.channels_last, nullcontext()),
+        ("PyTorch nhwc bf16", torch.channels_last, torch.autocast("cpu", torch.bfloat16)),
+    ):
+        model = torch_resnet.resnet(18)
+        model.load_state_dict({key: torch.from_numpy(np.array(state[key])) for key in state})
+        model.to(memory_format=layout)
+        runs[name] = make(torch, model, images.contiguous(memory_format=layout), labels, autocast)
+    return runs
+
+
+def _step(library: Any, model: Any, images: Any, labels: Any, autocast: Any) -> Callable[[], None]:
     """Return one training step of `model` with SGD, momentum 0.9 and cross entropy."""
     optimizer = library.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     criterion = library.nn.CrossEntropyLoss()
 
     def step() -> None:
         optimizer.zero_grad()
-        criterion(model(images), labels).backward()
+        with autocast:
+            loss = criterion(model(images), labels)
+        loss.backward()
         optimizer.step()
 
     return step
 
 
-def _theirs(torch: Any, data: Any, make: Make) -> Callable[[], Any]:
-    """Return make(torch, model, images, labels) in the memory layout that is the faster here."""
-    from tests.models import torch_resnet
-
-    images, labels = map(torch.from_numpy, data)
-    runs = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        model = torch_resnet.resnet(18).to(memory_format=layout)
-        runs.append(make(torch, model, images.contiguous(memory_format=layout), labels))
-    return min(runs, key=_seconds)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    run()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _frozen_step(library: Any, model: Any, images: Any, labels: Any) -> Callable[[], None]:
+def _frozen_step(
+    library: Any, model: Any, images: Any, labels: Any, autocast: Any
+) -> Callable[[], None]:
     """Return a training step of a new last layer on a frozen backbone."""
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.fc = library.nn.Linear(512, 1000)
-    return _step(library, model, images, labels)
+    return _step(library, model, images, labels, autocast)
 
 
-def _forward(library: Any, model: Any, images: Any, labels: Any) -> Callable[[], Any]:
+def _forward(
+    library: Any, model: Any, images: Any, labels: Any, autocast: Any
+) -> Callable[[], Any]:
+    """Return the forward pass in eval mode, without a graph."""
     model.eval()
-    return library.no_grad()(lambda: model(images))
+
+    def forward() -> Any:
+        with library.no_grad(), autocast:
+            return model(images)
+
+    return forward
+
+
+TRAINING = {"training step": _step, "frozen backbone, new fc": _frozen_step}
 
 
 @pytest.mark.filterwarnings("ignore:BatchNorm")  # frozen by hand: statistics move, as in PyTorch
-@pytest.mark.parametrize(
-    "make", [_step, _frozen_step, _forward], ids=["training_step", "frozen_step", "forward"]
-)
-def test_resnet18(race: Any, torch: Any, data: Any, make: Any) -> None:
-    rounds = 5 if data[0].shape[-1] > 64 else 15
-    ours = make(ge, resnet18(), *map(ge.from_numpy, data))
-    race(ours, _theirs(torch, data, make) if torch else None, rounds=rounds)
+@pytest.mark.parametrize("size", [(16, 224), (8, 64), (1, 64)], ids=str)
+@pytest.mark.parametrize("what", TRAINING)
+def test_training(race: Any, torch: Any, what: str, size: tuple[int, int]) -> None:
+    data, model = _data(*size), resnet18()
+    state = {key: np.array(value.detach()) for key, value in model.state_dict().items()}
+    runs = {"gradengine": TRAINING[what](ge, model, *map(ge.from_numpy, data), nullcontext())}
+    if torch:
+        runs |= _theirs(torch, data, TRAINING[what], state)
+    race(GROUP, _name(what, size), runs, seconds=12 if size[1] > 64 else 5)
+
+
+@pytest.mark.parametrize("size", [(16, 224), (1, 224), (1, 64)], ids=str)
+def test_forward(race: Any, torch: Any, size: tuple[int, int]) -> None:
+    data, model = _data(*size), resnet18()
+    state = {key: np.array(value.detach()) for key, value in model.state_dict().items()}
+    runs = {"gradengine": _forward(ge, model, *map(ge.from_numpy, data), nullcontext())}
+    if torch:
+        runs |= _theirs(torch, data, _forward, state)
+    runs |= engines.forward_runs(state, data[0])
+    _check_same(runs)
+    race(GROUP, _name("forward in eval mode", size), runs, seconds=8 if size[0] > 1 else 4)
+
+
+def _name(what: str, size: tuple[int, int]) -> str:
+    return f"{what}, {size[0]} x {size[1]} px"
+
+
+def _check_same(runs: dict[str, Callable[[], Any]]) -> None:
+    """Stop unless all contestants compute the same logits."""
+    ours = np.asarray(runs["gradengine"]())
+    for name, run in runs.items():
+        result = run()
+        theirs = np.asarray(result.float() if "PyTorch" in name else result)
+        tolerance = 5e-2 if "bf16" in name else 1e-4
+        assert np.abs(theirs - ours).max() <= tolerance * np.abs(ours).max(), name

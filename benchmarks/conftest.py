@@ -1,28 +1,38 @@
-"""How every row is measured: beside its peer, in turns, in one run; medians; one table at the end.
+"""How every row is measured: beside its peers, in turns, in one run; medians; tables at the end.
 
-python -m pytest benchmarks                 # all rows; PyTorch's where it is installed
+python -m pytest benchmarks                 # all rows; a peer's where it is installed
 python -m pytest benchmarks -k convolution  # some rows
+python -m pytest benchmarks --report        # all rows, kept with a plot, and the table in README.md
 """
 
 from __future__ import annotations
 
 import os
 
-# OpenBLAS's threads spin for a while after each product, in the way of Numba's and of the peer's.
-# Must stand before NumPy is imported; PyTorch's own libraries do not read it.
+# OpenBLAS's threads spin for a while after each product, in the way of Numba's and of the peers'.
+# Must stand before NumPy is imported; the other peers' libraries do not read it.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import importlib.util
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 import gradengine as ge
+from benchmarks import report, timing
 
-ROWS: list[dict[str, Any]] = []
+RESULTS = pytest.StashKey[list[report.Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--report", action="store_true", help="keep the rows in benchmarks/results, draw, tabulate"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = []
 
 
 @pytest.fixture(scope="session")
@@ -37,70 +47,50 @@ def torch() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def default_device() -> None:
+def default_device() -> Iterator[None]:
     """Keep these benchmarks on the CPU, also where there is a GPU."""
     ge.set_default_device("cpu")
+    yield
+    ge.set_default_device(None)
 
 
 @pytest.fixture
-def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Return race(ours, peer, ...), which times `ours` with a run of `peer` before every round.
+def record(request: pytest.FixtureRequest) -> Callable[[report.Row], None]:
+    """Return what adds a row to the results."""
+    return request.config.stash[RESULTS].append
 
-    `peer` may be None. `calls` is how many units (operations, say) one run holds, `flop` how many
-    floating point operations; both only scale what is reported.
+
+@pytest.fixture
+def race(record: Callable[[report.Row], None]) -> Callable[..., None]:
+    """Return race(group, name, runs), which times runs by name in turns and records the medians.
+
+    `runs` holds "gradengine" and any peers. `calls` is how many units (operations, say) one run
+    holds; `flop` and `moved` are its floating point operations and the bytes it has to move at
+    least: they only scale what is reported. `seconds` is how long it may take, about.
     """
 
     def run(
-        ours: Callable[[], Any],
-        peer: Callable[[], Any] | None,
+        group: str,
+        name: str,
+        runs: dict[str, Callable[[], Any]],
         *,
-        peer_name: str = "PyTorch",
-        rounds: int = 15,
         calls: int = 1,
         flop: float = 0.0,
+        moved: float = 0.0,
+        seconds: float = 2.0,
     ) -> None:
-        ours()  # compiles what is not compiled yet
-        peer_times: list[float] = []
-
-        def run_peer() -> None:
-            if peer is not None:
-                start = time.perf_counter()
-                peer()
-                peer_times.append(time.perf_counter() - start)
-
-        run_peer()
-        peer_times.clear()
-        benchmark.pedantic(ours, setup=run_peer, rounds=rounds, iterations=1)
-        seconds = statistics.median(benchmark.stats.stats.data) / calls
-        row: dict[str, Any] = {"name": request.node.name.removeprefix("test_"), "seconds": seconds}
-        if flop:
-            row["gflops"] = flop / calls / seconds / 1e9
-        if peer_times:
-            row.update(peer=peer_name, peer_seconds=statistics.median(peer_times) / calls)
-            row["ratio"] = row["peer_seconds"] / seconds
-        benchmark.extra_info.update(row)
-        ROWS.append(row)
+        medians = {key: median / calls for key, median in timing.race(runs, seconds).items()}
+        record(report.Row(group, name, medians, "s", flop / calls, moved / calls))
 
     return run
 
 
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.4g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the ratio table: above 1, gradengine is the faster."""
-    if not ROWS:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the tables; with --report also keep them."""
+    rows = config.stash[RESULTS]
+    if not rows:
         return
     terminalreporter.section("gradengine beside its peers (medians of alternating rounds)")
-    width = max(len(row["name"]) for row in ROWS)
-    for row in ROWS:
-        text = f"{row['name']:<{width}}  {_time(row['seconds']):>10}"
-        if "gflops" in row:
-            text += f"  {row['gflops']:6.1f} GFLOP/s"
-        if "ratio" in row:
-            text += f"  {row['peer']} {_time(row['peer_seconds']):>10}  ratio {row['ratio']:.2f}"
-        terminalreporter.line(text)
+    terminalreporter.write_line(report.text_tables(rows))
+    if config.getoption("--report"):
+        terminalreporter.write_line(f"kept in {report.keep(rows)}")
