@@ -145,37 +145,68 @@ def avg_pool2d_grad(grad: Array, geometry: Pool2dGeometry) -> Array:
     return _module("avg_pool2d_grad", "pooling", grad=grad).avg_pool2d_grad(grad, geometry)
 
 
-def batch_norm(
-    x: Array, weight: Array | None, bias: Array | None, eps: float
+def batch_norm_act(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    relu: bool,
+    eps: float,
+    moments: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Normalize each channel of x (N, C, H, W) by its own mean and biased variance.
 
-    weight and bias are (C,) or None. Returns out = (x - mean) / sqrt(var + eps) * weight + bias,
-    mean and var. Mean and variance of an empty batch are 0.
+    weight and bias are (C,) or None, residual is shaped like x or None. moments are mean and
+    variance as `conv2d_moments` gives them, where they are known already. Returns
+    out = (x - mean) / sqrt(var + eps) * weight + bias + residual, with relu at least 0, then mean
+    and var in x's dtype. Mean and variance of an empty batch are 0.
     """
-    given = _check_channels("batch_norm", x, weight=weight, bias=bias)
-    return _module("batch_norm", "normalization", x=x, **given).batch_norm(x, weight, bias, eps)
+    name = "batch_norm_act"
+    given = _check_channels(name, x, weight=weight, bias=bias)
+    _check_residual(name, x, residual, given)
+    if moments is not None:
+        _check_channels(name, x, mean=moments[0], var=moments[1])
+    module = _module(name, "normalization", x=x, **given)
+    return module.batch_norm_act(x, weight, bias, residual, relu, eps, moments)
 
 
-def batch_norm_grad(
-    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
-) -> tuple[Array, Array, Array]:
-    """Give batch_norm's gradients by x, weight and bias for grad shaped like x (N, C, H, W).
+def batch_norm_act_grad(
+    grad: Array,
+    x: Array,
+    out: Array | None,
+    weight: Array | None,
+    mean: Array,
+    inv_std: Array,
+    relu: bool,
+    wants_residual: bool,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Give batch_norm_act's gradients by x, weight, bias and, if wanted, residual (else None).
 
-    mean (C,) is what batch_norm returned, inv_std (C,) is 1 / sqrt(var + eps); both depend on x,
-    and the gradient counts it.
+    grad is shaped like x (N, C, H, W), so is its result out, which is read with relu only. mean
+    (C,) is what batch_norm_act returned, inv_std (C,) is 1 / sqrt(var + eps); both depend on x, and
+    the gradient counts it. The residual's may be grad itself.
     """
-    name = "batch_norm_grad"
-    given = _check_channels(name, x, weight=weight, mean=mean, inv_std=inv_std)
+    name = "batch_norm_act_grad"
+    arrays = _check_channels(name, x, weight=weight, mean=mean, inv_std=inv_std)
     _check_shape(name, "grad", grad, x.shape)
-    module = _module(name, "normalization", grad=grad, x=x, **given)
-    return module.batch_norm_grad(grad, x, weight, mean, inv_std)
+    if relu:
+        _check_shape(name, "out", out, x.shape)
+        arrays["out"] = out
+    module = _module(name, "normalization", grad=grad, x=x, **arrays)
+    return module.batch_norm_act_grad(grad, x, out, weight, mean, inv_std, relu, wants_residual)
 
 
-def scale_shift(x: Array, scale: Array, shift: Array) -> Array:
-    """Give x * scale + shift by channel: x (N, C, H, W), scale and shift (C,)."""
+def scale_shift(
+    x: Array, scale: Array, shift: Array, residual: Array | None = None, relu: bool = False
+) -> Array:
+    """Give x * scale + shift by channel, plus residual, with relu at least 0.
+
+    x and residual are (N, C, H, W), scale and shift (C,).
+    """
     given = _check_channels("scale_shift", x, scale=scale, shift=shift)
-    return _module("scale_shift", "normalization", x=x, **given).scale_shift(x, scale, shift)
+    _check_residual("scale_shift", x, residual, given)
+    module = _module("scale_shift", "normalization", x=x, **given)
+    return module.scale_shift(x, scale, shift, residual, relu)
 
 
 def erf(x: Array) -> Array:
@@ -246,7 +277,13 @@ def _check_channels(name: str, x: Array, **vectors: Array | None) -> dict[str, A
     return given
 
 
-def _check_shape(name: str, argument: str, array: Array, expected: tuple[int, ...]) -> None:
+def _check_residual(name: str, x: Array, residual: Array | None, given: dict[str, Array]) -> None:
+    if residual is not None:
+        _check_shape(name, "residual", residual, x.shape)
+        given["residual"] = residual
+
+
+def _check_shape(name: str, argument: str, array: Any, expected: tuple[int, ...]) -> None:
     if array.shape != expected:
         rule = f"{argument} must have the shape that fits ({argument}.shape == {expected})"
         raise ValueError(f"{name}: {rule}; got {argument}.shape={array.shape}")

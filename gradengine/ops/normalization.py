@@ -9,7 +9,7 @@ from typing import Any
 from gradengine import kernels
 from gradengine.devices import array_module, check_same_device
 from gradengine.operation import array_of, operation, sum_to_shape
-from gradengine.ops.elementwise import rsqrt
+from gradengine.ops.elementwise import rsqrt, where
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape
 from gradengine.tape import Variable
@@ -17,16 +17,16 @@ from gradengine.tape import Variable
 # ---- batch normalization -------------------------------------------------------------------------
 
 
-@operation(label="NativeBatchNormBackward0", keeps=("mean", "inv_std"))
-def _batch_norm(x, weight, bias, *, running_mean, running_var, momentum, eps):
+def _by_batch(x, weight, bias, residual, *, running_mean, running_var, momentum, relu, **options):
     """Normalize by the batch's own statistics and move the running ones, in place, towards them."""
-    out, mean, var = kernels.batch_norm(_images(x), weight, bias, eps)
+    residual = None if residual is None else _images(residual)
+    out, mean, var = kernels.batch_norm_act(_images(x), weight, bias, residual, relu, **options)
     count = x.size // x.shape[1] if x.size else 0
     if count and running_mean is not None:
         _move(running_mean, mean, momentum)
     if count and running_var is not None:
         _move(running_var, var * (count / (count - 1)), momentum)
-    inv_std = 1 / array_module(x).sqrt(var + eps)
+    inv_std = 1 / array_module(x).sqrt(var + options["eps"])
     return out.reshape(x.shape), mean, inv_std
 
 
@@ -35,28 +35,82 @@ def _move(running: Any, found: Any, momentum: float) -> None:
     running += momentum * found
 
 
+@operation(label="NativeBatchNormBackward0", keeps=("mean", "inv_std"))
+def _batch_norm(x, weight, bias, residual, *, running_mean, running_var, momentum, eps, moments):
+    statistics = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
+    return _by_batch(x, weight, bias, residual, relu=False, eps=eps, moments=moments, **statistics)
+
+
+@operation(label="BatchNormReluBackward0", keeps=("mean", "inv_std"))
+def _batch_norm_relu(
+    x, weight, bias, residual, *, running_mean, running_var, momentum, eps, moments
+):
+    statistics = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
+    return _by_batch(x, weight, bias, residual, relu=True, eps=eps, moments=moments, **statistics)
+
+
 def _batch_norm_grad(
     grad: Any, wanted: Any, x: Any, weight: Any, mean: Any, inv_std: Any, eps: float
 ) -> Any:
+    return _grad_by_batch(grad, wanted, x, None, weight, mean, inv_std, eps)
+
+
+def _batch_norm_relu_grad(
+    grad: Any, wanted: Any, x: Any, out: Any, weight: Any, mean: Any, inv_std: Any, eps: float
+) -> Any:
+    return _grad_by_batch(grad, wanted, x, out, weight, mean, inv_std, eps)
+
+
+def _grad_by_batch(
+    grad: Any, wanted: Any, x: Any, out: Any, weight: Any, mean: Any, inv_std: Any, eps: float
+) -> Any:
+    """Return the gradients by x, weight, bias and residual; `out` is None but behind a relu."""
     if not isinstance(grad, Variable):
-        grads = kernels.batch_norm_grad(_images(grad), _images(x), weight, mean, inv_std)
-        return grads[0].reshape(x.shape), *grads[1:]
+        images = None if out is None else _images(out)
+        grads = kernels.batch_norm_act_grad(
+            _images(grad), _images(x), images, weight, mean, inv_std, out is not None, wanted[3]
+        )
+        by_residual = None if grads[3] is None else grads[3].reshape(x.shape)
+        return grads[0].reshape(x.shape), *grads[1:3], by_residual
+    grad = _behind_relu(grad, out)
     axes = _channel_axes(x)
     weighted = grad if weight is None else grad * _by_channel(weight, x.ndim)
     normal, inv_std = _standardize(x, axes, eps)
     grad_x = _standardize_grad(weighted, normal, inv_std, axes)
-    return grad_x, sum(grad * normal, dim=axes), sum(grad, dim=axes)
+    return grad_x, sum(grad * normal, dim=axes), sum(grad, dim=axes), grad
+
+
+def _behind_relu(grad: Any, out: Any) -> Any:
+    """Return the gradient in front of a relu whose result is `out`, or of none."""
+    if out is None:
+        return grad
+    if isinstance(grad, Variable):
+        return where(array_of(out) == 0, 0.0, grad)
+    return kernels.relu_grad(grad, out)
 
 
 _batch_norm.joint_pullback(_batch_norm_grad)
+_batch_norm_relu.joint_pullback(_batch_norm_relu_grad)
 
 
 @operation(label="NativeBatchNormBackward0")
-def _scale_channels(x, weight, bias, *, mean, inv_std):
+def _scale_channels(x, weight, bias, residual, *, mean, inv_std):
+    return _by_statistics(x, weight, bias, residual, mean, inv_std, relu=False)
+
+
+@operation(label="BatchNormReluBackward0")
+def _scale_channels_relu(x, weight, bias, residual, *, mean, inv_std):
+    return _by_statistics(x, weight, bias, residual, mean, inv_std, relu=True)
+
+
+def _by_statistics(
+    x: Any, weight: Any, bias: Any, residual: Any, mean: Any, inv_std: Any, relu: bool
+) -> Any:
     """Normalize by given statistics: one multiply-add for each pixel."""
     scale = inv_std if weight is None else weight * inv_std
     shift = -mean * scale if bias is None else bias - mean * scale
-    return kernels.scale_shift(_images(x), scale, shift).reshape(x.shape)
+    residual = None if residual is None else _images(residual)
+    return kernels.scale_shift(_images(x), scale, shift, residual, relu).reshape(x.shape)
 
 
 def _scale_channels_grad(grad: Any, weight: Any, inv_std: Any) -> Any:
@@ -73,6 +127,20 @@ _scale_channels.pullbacks(
     x=_scale_channels_grad,
     weight=_scale_channels_grad_weight,
     bias=lambda grad: sum(grad, dim=_channel_axes(grad)),
+    residual=lambda grad: grad,
+)
+
+
+# One function for each input: frozen parameters then keep nothing, at the price of passing relu anew.
+_scale_channels_relu.pullbacks(
+    x=lambda grad, out, weight, inv_std: _scale_channels_grad(
+        _behind_relu(grad, out), weight, inv_std
+    ),
+    weight=lambda grad, out, x, mean, inv_std: _scale_channels_grad_weight(
+        _behind_relu(grad, out), x, mean, inv_std
+    ),
+    bias=lambda grad, out: sum(_behind_relu(grad, out), dim=_channel_axes(grad)),
+    residual=_behind_relu,
 )
 
 
@@ -94,26 +162,71 @@ def batch_norm(
     Raises ValueError if shapes do not fit, running statistics are missing, or training meets one
     value per channel; TypeError unless all have one dtype, float32, float64 or on CUDA float16.
     """
+    return batch_norm_act(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+    )
+
+
+def batch_norm_act(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    residual: Any = None,
+    relu: bool = False,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    moments: tuple[Any, Any] | None = None,
+) -> Any:
+    """Return batch_norm of x, plus `residual` shaped like x, with `relu` at least 0, in one pass.
+
+    moments are x's mean and biased variance by channel, float64 arrays (C,), where training has no
+    need to compute them; gradients count that they depend on x. Raises what `batch_norm` does.
+    """
     _check_batch_norm(x, running_mean, running_var, training)
     _check_vectors(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_residual(x, residual)
+    inputs = (x, weight, bias, residual)
     if not training:
         mean, var = array_of(running_mean), array_of(running_var)
         inv_std = 1 / array_module(var).sqrt(var + eps)
         # A copy of the mean: training may move the running one before backward asks for it.
-        return _scale_channels(x, weight, bias, mean=mean.copy(), inv_std=inv_std)
-    out = _batch_norm(
-        x,
-        weight,
-        bias,
+        apply = _scale_channels_relu if relu else _scale_channels
+        return apply(*inputs, mean=mean.copy(), inv_std=inv_std)
+    apply = _batch_norm_relu if relu else _batch_norm
+    out = apply(
+        *inputs,
         running_mean=array_of(running_mean),
         running_var=array_of(running_var),
         momentum=momentum,
         eps=eps,
+        moments=moments,
     )
     for running in (running_mean, running_var):
         if isinstance(running, Variable):
             running.written()
     return out
+
+
+def _check_residual(x: Any, residual: Any) -> None:
+    if residual is None:
+        return
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            "batch_norm_act: residual must have x's shape and dtype (residual.shape == x.shape); "
+            f"got x.shape={tuple(x.shape)}, x.dtype={x.dtype}, "
+            f"residual.shape={tuple(residual.shape)}, residual.dtype={residual.dtype}"
+        )
+    check_same_device("batch_norm_act", array_of(x), array_of(residual))
 
 
 def _check_batch_norm(x: Any, running_mean: Any, running_var: Any, training: bool) -> None:

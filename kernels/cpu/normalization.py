@@ -1,4 +1,8 @@
-"""Batch normalization: per-channel sums and per-channel affine maps, each in one pass."""
+"""Batch normalization in as few passes over memory as it has: each runs at the speed of a copy.
+
+Arrays are flat here, and cut into rows of a whole number of pixels: `width` elements, long enough
+for vectors where channels are few. Element i of a row belongs to channel i % channels.
+"""
 
 from __future__ import annotations
 
@@ -8,110 +12,222 @@ from numba import prange
 from gradengine.kernels.cpu.launch import kernel_input, parallel_kernel
 from gradengine.kernels.layout import Array, from_nhwc
 
-# Fixed, and the parts are added in order: any thread count gives equal bits.
-SUM_PARTS = 64
+ROW_ELEMENTS = 256
+# Rows whose sum is taken in the array's own dtype, in vectors, before float64 takes it up: with so
+# few terms float32 keeps its digits.
+BLOCK_ROWS = 64
+# Sums are cut into parts by size alone, and the parts added in order: any thread count gives equal
+# bits.
+MOST_PARTS = 64
+# Pixels whose mean is the origin that squares are summed about.
+ORIGIN_PIXELS = 64
 
 
-def batch_norm(
-    x: Array, weight: Array | None, bias: Array | None, eps: float
+def batch_norm_act(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    relu: bool,
+    eps: float,
+    moments: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
     array = kernel_input(x)
-    mean, variance = _moments(_as_pixels(array))
-    scale = 1.0 / np.sqrt(variance + eps)
-    if weight is not None:
-        scale *= weight
-    shift = np.zeros_like(mean) if bias is None else bias
-    out = np.empty_like(array)
-    vectors = (vector.astype(x.dtype) for vector in (mean, scale, shift))
-    _affine(_as_pixels(array), *vectors, _as_pixels(out))
-    return from_nhwc(out), mean.astype(x.dtype), variance.astype(x.dtype)
+    mean, var = _moments(array) if moments is None else moments
+    with np.errstate(invalid="ignore"):  # inf - inf: nan is the answer
+        scale = 1.0 / np.sqrt(var + eps)
+        if weight is not None:
+            scale *= weight
+        center = mean.astype(x.dtype)
+        shift = (center - mean) * scale
+        if bias is not None:
+            shift += bias
+        out = _scale_shift(array, center, scale, shift, residual, relu)
+    return out, center, var.astype(x.dtype)
 
 
-def batch_norm_grad(
-    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
-) -> tuple[Array, Array, Array]:
-    grads, pixels = _as_pixels(kernel_input(grad)), _as_pixels(kernel_input(x))
-    center = mean.astype(np.float64)
-    total, products = _channel_sums(grads, np.zeros_like(center), pixels, center)
-    count = max(len(pixels), 1)
+def batch_norm_act_grad(
+    grad: Array,
+    x: Array,
+    out: Array | None,
+    weight: Array | None,
+    mean: Array,
+    inv_std: Array,
+    relu: bool,
+    wants_residual: bool,
+) -> tuple[Array, Array, Array, Array | None]:
+    grads, array = kernel_input(grad), kernel_input(x)
+    # Without relu, grad itself says where it passes: everywhere but where it is 0 anyway.
+    gate = kernel_input(out) if relu else grads
+    passed = np.empty_like(grads) if relu and wants_residual else None
+    total, products = _grad_sums(grads, gate, array, mean, passed)
+    if passed is not None:
+        grads = gate = passed
+    count = max(array.size // max(len(mean), 1), 1)
     grad_weight = products * inv_std
-    # grad_x = scale * (grad - mean(grad) - (x - mean) * inv_std * mean(grad * x_hat))
+    # grad_x = scale * (g - mean(g) - (x - mean) * inv_std * mean(g * x_hat))
     scale = inv_std.astype(np.float64) if weight is None else inv_std.astype(np.float64) * weight
     slope = -scale * inv_std * grad_weight / count
     shift = -scale * total / count
-    out = np.empty(x.transpose(0, 2, 3, 1).shape, x.dtype)
-    vectors = (vector.astype(x.dtype) for vector in (scale, center, slope, shift))
-    _affine_pair(grads, pixels, *vectors, _as_pixels(out))
-    return from_nhwc(out), grad_weight.astype(x.dtype), total.astype(x.dtype)
+    grad_x = np.empty_like(array)
+    width = _row_width(array)
+    vectors = (_tiled(vector, width, x.dtype) for vector in (scale, mean, slope, shift))
+    _affine_pair(_flat(grads), _flat(gate), _flat(array), *vectors, _flat(grad_x))
+    grad_residual = from_nhwc(grads) if wants_residual else None
+    sums = grad_weight.astype(x.dtype), total.astype(x.dtype)
+    return from_nhwc(grad_x), *sums, grad_residual
 
 
-def scale_shift(x: Array, scale: Array, shift: Array) -> Array:
-    array = kernel_input(x)
+def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:
+    return _scale_shift(kernel_input(x), np.zeros_like(scale), scale, shift, residual, relu)
+
+
+def _scale_shift(
+    array: Array, center: Array, scale: Array, shift: Array, residual: Array | None, relu: bool
+) -> Array:
+    """Give relu((x - center) * scale + shift + residual) of the (N, H, W, C) array x."""
     out = np.empty_like(array)
-    center = np.zeros(array.shape[-1], x.dtype)
-    vectors = (center, scale.astype(x.dtype), shift.astype(x.dtype))
-    _affine(_as_pixels(array), *vectors, _as_pixels(out))
+    width = _row_width(array)
+    vectors = (_tiled(vector, width, array.dtype) for vector in (center, scale, shift))
+    added = array if residual is None else kernel_input(residual)
+    floor = array.dtype.type(0 if relu else -np.inf)
+    _affine(_flat(array), *vectors, _flat(added), residual is not None, floor, _flat(out))
     return from_nhwc(out)
 
 
-def _moments(pixels: Array) -> tuple[Array, Array]:
+def _moments(array: Array) -> tuple[Array, Array]:
     """Give each channel's mean and biased variance in float64; 0 and 0 of no pixels."""
-    count, channels = pixels.shape
-    # Sums about one of the values stay exact however far the mean is from zero: since
-    # (value - mean)^2 <= count * variance, they lose at most log10(count) of 16 digits.
-    origin = pixels[0].astype(np.float64) if count else np.zeros(channels)
-    total, squares = _channel_sums(pixels, origin, pixels, origin)
-    count = max(count, 1)
-    with np.errstate(invalid="ignore"):  # inf - inf: nan is the answer
-        offset = total / count
-        return origin + offset, np.maximum(squares / count - offset * offset, 0.0)
+    channels = array.shape[-1]
+    pixels = array.reshape(array.size // max(channels, 1), channels)
+    if not array.size:
+        return np.zeros(channels), np.zeros(channels)
+    with np.errstate(invalid="ignore", over="ignore"):  # nan and inf are what they are
+        # Sums about a value among the others stay exact however far the mean is from zero.
+        step = -(-len(pixels) // ORIGIN_PIXELS)
+        origin = pixels[::step].mean(axis=0, dtype=np.float64).astype(array.dtype)
+        width = _row_width(array)
+        total, squares = _part_sums(
+            array, 2, _sum_moments, _flat(array), np.tile(origin, width // channels)
+        )
+        offset = total / len(pixels)
+        return origin + offset, np.maximum(squares / len(pixels) - offset * offset, 0.0)
 
 
-def _channel_sums(
-    first: Array, first_center: Array, second: Array, second_center: Array
+def _grad_sums(
+    grads: Array, gate: Array, array: Array, mean: Array, passed: Array | None
 ) -> tuple[Array, Array]:
-    """Sum first - first_center, and its product with second - second_center, over the pixels."""
-    parts = np.zeros((SUM_PARTS, 2, first.shape[1]))
-    _sum_parts(first, first_center, second, second_center, parts)
-    total, products = parts.sum(axis=0)
-    return total, products
+    """Sum g and g * (x - mean) over the pixels, g being grads where gate is not 0; fill passed with g."""
+    width = _row_width(array)
+    center = _tiled(mean, width, array.dtype)
+    target = grads if passed is None else passed
+    arguments = (_flat(grads), _flat(gate), _flat(array), center, passed is not None, _flat(target))
+    return _part_sums(array, 2, _sum_grads, *arguments)
 
 
-def _as_pixels(array: Array) -> Array:
-    # (N, H, W, C) -> (N * H * W, C)
-    return array.reshape(array.size // max(array.shape[-1], 1), array.shape[-1])
+def _part_sums(array, count, kernel, *arguments):
+    channels = array.shape[-1]
+    width = _row_width(array)
+    rows = -(-array.size // max(width, 1))
+    parts = np.zeros((min(MOST_PARTS, -(-rows // BLOCK_ROWS)), count, width))
+    kernel(*arguments, parts)
+    return parts.reshape(len(parts), count, width // max(channels, 1), channels).sum(axis=(0, 2))
 
 
-@parallel_kernel
-def _sum_parts(first, first_center, second, second_center, parts):
-    """first and second (pixels, C), centers (C,), parts (SUM_PARTS, 2, C) zeros."""
-    pixels, channels = first.shape
-    part_count = len(parts)
-    for part in prange(part_count):
-        total = parts[part, 0]
-        products = parts[part, 1]
-        for pixel in range(part * pixels // part_count, (part + 1) * pixels // part_count):
-            for channel in range(channels):
-                value = first[pixel, channel] - first_center[channel]
-                total[channel] += value
-                products[channel] += value * (second[pixel, channel] - second_center[channel])
+def _row_width(array: Array) -> int:
+    channels = max(array.shape[-1], 1)
+    return channels * max(1, ROW_ELEMENTS // channels)
 
 
-@parallel_kernel
-def _affine(x, center, scale, shift, out):
-    """x and out (pixels, C), the others (C,)."""
-    pixels, channels = x.shape
-    for pixel in prange(pixels):
-        for channel in range(channels):
-            value = x[pixel, channel] - center[channel]
-            out[pixel, channel] = value * scale[channel] + shift[channel]
+def _tiled(vector: Array, width: int, dtype: np.dtype) -> Array:
+    return np.tile(vector.astype(dtype), width // max(len(vector), 1))
+
+
+def _flat(array: Array) -> Array:
+    return array.reshape(-1)
 
 
 @parallel_kernel
-def _affine_pair(grad, x, scale, center, slope, shift, out):
-    """grad, x and out (pixels, C), the others (C,)."""
-    pixels, channels = x.shape
-    for pixel in prange(pixels):
-        for channel in range(channels):
-            value = grad[pixel, channel] * scale[channel] + shift[channel]
-            out[pixel, channel] = value + (x[pixel, channel] - center[channel]) * slope[channel]
+def _sum_moments(x, origin, parts):
+    """Sum x - origin and its square: x flat, origin (width,), parts (parts, 2, width) zeros."""
+    width = len(origin)
+    rows = (len(x) + width - 1) // width
+    for part in prange(len(parts)):
+        total = np.empty(width, x.dtype)
+        squares = np.empty(width, x.dtype)
+        stop = (part + 1) * rows // len(parts)
+        for block in range(part * rows // len(parts), stop, BLOCK_ROWS):
+            for i in range(width):
+                total[i] = 0
+                squares[i] = 0
+            for row in range(block, min(block + BLOCK_ROWS, stop)):
+                values = x[row * width : (row + 1) * width]
+                for i in range(len(values)):
+                    value = values[i] - origin[i]
+                    total[i] += value
+                    squares[i] += value * value
+            for i in range(width):
+                parts[part, 0, i] += total[i]
+                parts[part, 1, i] += squares[i]
+
+
+@parallel_kernel
+def _sum_grads(grad, gate, x, center, stores, passed, parts):
+    """Sum g and g * (x - center), g being grad where gate is not 0; all flat but parts."""
+    width = len(center)
+    rows = (len(x) + width - 1) // width
+    for part in prange(len(parts)):
+        total = np.empty(width, x.dtype)
+        products = np.empty(width, x.dtype)
+        stop = (part + 1) * rows // len(parts)
+        for block in range(part * rows // len(parts), stop, BLOCK_ROWS):
+            for i in range(width):
+                total[i] = 0
+                products[i] = 0
+            for row in range(block, min(block + BLOCK_ROWS, stop)):
+                grads = grad[row * width : (row + 1) * width]
+                gates = gate[row * width : (row + 1) * width]
+                values = x[row * width : (row + 1) * width]
+                if stores:
+                    target = passed[row * width : (row + 1) * width]
+                    for i in range(len(values)):
+                        target[i] = grads[i] if gates[i] != 0 else 0
+                    grads = target
+                for i in range(len(values)):
+                    value = grads[i] if gates[i] != 0 else 0
+                    total[i] += value
+                    products[i] += value * (values[i] - center[i])
+            for i in range(width):
+                parts[part, 0, i] += total[i]
+                parts[part, 1, i] += products[i]
+
+
+@parallel_kernel
+def _affine(x, center, scale, shift, residual, adds, floor, out):
+    """Fill out with (x - center) * scale + shift, plus residual if `adds`, at least floor."""
+    width = len(center)
+    for row in prange((len(x) + width - 1) // width):
+        values = x[row * width : (row + 1) * width]
+        target = out[row * width : (row + 1) * width]
+        if adds:
+            added = residual[row * width : (row + 1) * width]
+            for i in range(len(values)):
+                value = (values[i] - center[i]) * scale[i] + shift[i] + added[i]
+                target[i] = floor if value < floor else value  # nan passes
+        else:
+            for i in range(len(values)):
+                value = (values[i] - center[i]) * scale[i] + shift[i]
+                target[i] = floor if value < floor else value
+
+
+@parallel_kernel
+def _affine_pair(grad, gate, x, scale, center, slope, shift, out):
+    """Fill out with g * scale + (x - center) * slope + shift, g being grad where gate is not 0."""
+    width = len(center)
+    for row in prange((len(x) + width - 1) // width):
+        grads = grad[row * width : (row + 1) * width]
+        gates = gate[row * width : (row + 1) * width]
+        values = x[row * width : (row + 1) * width]
+        target = out[row * width : (row + 1) * width]
+        for i in range(len(values)):
+            value = grads[i] if gates[i] != 0 else 0
+            target[i] = value * scale[i] + (values[i] - center[i]) * slope[i] + shift[i]

@@ -3,51 +3,85 @@
 from __future__ import annotations
 
 from gradengine.devices import array_module
+from gradengine.kernels.cuda.activation import relu_grad
 from gradengine.kernels.cuda.windows import sum_dtype
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 
 
-def batch_norm(
-    x: Array, weight: Array | None, bias: Array | None, eps: float
+def batch_norm_act(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    relu: bool,
+    eps: float,
+    moments: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array, Array]:
     array = to_nhwc(x)
     pixels = array.reshape(-1, array.shape[3]).astype(sum_dtype(x.dtype), copy=False)
+    if moments is None:
+        mean, var, out = _moments(pixels)
+    else:
+        mean, var = (moment.astype(pixels.dtype) for moment in moments)
+        out = pixels - mean
+    out /= array_module(x).sqrt(var + eps)
+    if weight is not None:
+        out *= weight
+    if bias is not None:
+        out += bias
+    out = _add_and_clip(out.reshape(array.shape), residual, relu)
+    out = out.astype(x.dtype, copy=False)
+    return from_nhwc(out), mean.astype(x.dtype), var.astype(x.dtype)
+
+
+def _moments(pixels: Array) -> tuple[Array, Array, Array]:
+    """Give each channel's mean, biased variance (0 and 0 of no pixels) and pixels - mean."""
     count = max(len(pixels), 1)
     # sums about one of the values (0 of none) keep their digits however far the mean is from zero
     origin = pixels[:1].sum(axis=0)
     shifted = pixels - origin
     offset = shifted.sum(axis=0) / count
     shifted -= offset
-    variance = (shifted * shifted).sum(axis=0) / count
-    out = shifted / array_module(x).sqrt(variance + eps)
-    if weight is not None:
-        out *= weight
-    if bias is not None:
-        out += bias
-    out = out.reshape(array.shape).astype(x.dtype, copy=False)
-    return from_nhwc(out), (origin + offset).astype(x.dtype), variance.astype(x.dtype)
+    return origin + offset, (shifted * shifted).sum(axis=0) / count, shifted
 
 
-def batch_norm_grad(
-    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
-) -> tuple[Array, Array, Array]:
+def _add_and_clip(out: Array, residual: Array | None, relu: bool) -> Array:
+    if residual is not None:
+        out += residual.transpose(0, 2, 3, 1)
+    if relu:
+        array_module(out).maximum(out, 0, out=out)
+    return out
+
+
+def batch_norm_act_grad(
+    grad: Array,
+    x: Array,
+    out: Array | None,
+    weight: Array | None,
+    mean: Array,
+    inv_std: Array,
+    relu: bool,
+    wants_residual: bool,
+) -> tuple[Array, Array, Array, Array | None]:
     array = to_nhwc(x)
     dtype = sum_dtype(x.dtype)
-    grads = to_nhwc(grad).reshape(-1, array.shape[3]).astype(dtype, copy=False)
+    passed = grad if out is None or not relu else relu_grad(grad, out)
+    grads = to_nhwc(passed).reshape(-1, array.shape[3]).astype(dtype, copy=False)
     normal = array.reshape(-1, array.shape[3]).astype(dtype) - mean
     normal *= inv_std
     count = max(len(grads), 1)
     grad_bias = grads.sum(axis=0)
     grad_weight = (grads * normal).sum(axis=0)
     scale = inv_std if weight is None else inv_std * weight
-    # grad_x = scale * (grad - mean(grad) - x_hat * mean(grad * x_hat))
+    # grad_x = scale * (g - mean(g) - x_hat * mean(g * x_hat)) for g = grad behind relu
     normal *= grad_weight / count
-    out = (grads - grad_bias / count - normal) * scale
-    out = out.reshape(array.shape).astype(x.dtype, copy=False)
-    return from_nhwc(out), grad_weight.astype(x.dtype), grad_bias.astype(x.dtype)
+    by_x = (grads - grad_bias / count - normal) * scale
+    by_x = by_x.reshape(array.shape).astype(x.dtype, copy=False)
+    sums = grad_weight.astype(x.dtype), grad_bias.astype(x.dtype)
+    return from_nhwc(by_x), *sums, from_nhwc(to_nhwc(passed)) if wants_residual else None
 
 
-def scale_shift(x: Array, scale: Array, shift: Array) -> Array:
+def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:
     out = to_nhwc(x) * scale
     out += shift
-    return from_nhwc(out)
+    return from_nhwc(_add_and_clip(out, residual, relu))

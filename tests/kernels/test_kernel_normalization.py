@@ -17,6 +17,17 @@ def make(shape, rng, dtype=np.float64):
     return x.astype(dtype), weight.astype(dtype), bias.astype(dtype)
 
 
+def normalize(place, x, weight, bias):
+    """Give batch norm alone: (out, mean, var)."""
+    return place("batch_norm_act", x, weight, bias, None, False, EPS)
+
+
+def normalize_grad(place, grad, x, weight, mean, inv_std):
+    """Give its gradients by x, weight and bias."""
+    arguments = (grad, x, None, weight, mean, inv_std, False, False)
+    return place("batch_norm_act_grad", *arguments)[:3]
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -24,7 +35,7 @@ def test_forward_matches_plain_loops(shape, dtype, affine, place, rng):
     x, weight, bias = make(shape, rng, dtype)
     if not affine:
         weight = bias = None
-    results = place("batch_norm", x, weight, bias, EPS)
+    results = normalize(place, x, weight, bias)
     for result, expected in zip(results, reference.batch_norm(x, weight, bias, EPS), strict=True):
         assert_close(result, expected, dtype)
 
@@ -32,14 +43,14 @@ def test_forward_matches_plain_loops(shape, dtype, affine, place, rng):
 def test_weight_and_bias_come_alone_as_well(place, rng):
     x, weight, bias = make(SHAPES[0], rng)
     for pair in ((weight, None), (None, bias)):
-        out, _, _ = place("batch_norm", x, *pair, EPS)
+        out, _, _ = normalize(place, x, *pair)
         assert_close(out, reference.batch_norm(x, *pair, EPS)[0], np.float64)
 
 
 @pytest.mark.parametrize("mean", [1e3, -1e5])
 def test_variance_survives_a_mean_far_from_zero(mean, place, rng):
     x = (rng.standard_normal((4, 3, 16, 16)) + mean).astype(np.float32)
-    out, got_mean, got_variance = place("batch_norm", x, None, None, EPS)
+    out, got_mean, got_variance = normalize(place, x, None, None)
     expected, expected_mean, expected_variance = reference.batch_norm(x, None, None, EPS)
     np.testing.assert_allclose(got_mean, expected_mean, rtol=1e-7)
     np.testing.assert_allclose(got_variance, expected_variance, rtol=1e-4)
@@ -50,13 +61,13 @@ def test_variance_survives_a_mean_far_from_zero(mean, place, rng):
 def test_a_far_first_pixel_does_not_spoil_the_variance(place, rng):
     x = rng.standard_normal((4, 2, 8, 8))
     x[0, :, 0, 0] = 1e8
-    _, _, variance = place("batch_norm", x, None, None, EPS)
+    _, _, variance = normalize(place, x, None, None)
     np.testing.assert_allclose(variance, reference.batch_norm(x, None, None, EPS)[2], rtol=1e-10)
 
 
 def test_constant_channels_have_no_variance(place):
     x = np.full((2, 3, 4, 4), 0.1, np.float32)
-    out, _, variance = place("batch_norm", x, None, None, EPS)
+    out, _, variance = normalize(place, x, None, None)
     np.testing.assert_array_equal(variance, 0)
     np.testing.assert_array_equal(out, 0)
 
@@ -67,7 +78,7 @@ def test_gradients_match_finite_differences(shape, place, rng):
     grad = rng.standard_normal(shape)
     _, mean, variance = reference.batch_norm(x, weight, bias, EPS)
     inv_std = 1 / np.sqrt(variance + EPS)
-    gradients = place("batch_norm_grad", grad, x, weight, mean, inv_std)
+    gradients = normalize_grad(place, grad, x, weight, mean, inv_std)
     arguments = [x, weight, bias]
     for position, gradient in enumerate(gradients):
         direction = rng.standard_normal(gradient.shape)
@@ -86,19 +97,19 @@ def test_any_strides(memory, place, rng):
     x, weight, bias = make(SHAPES[0], rng)
     grad = rng.standard_normal(x.shape)
     vectors = [weight, bias]
-    expected = place("batch_norm", x, *vectors, EPS)
+    expected = normalize(place, x, *vectors)
     inv_std = 1 / np.sqrt(expected[2] + EPS)
-    expected_gradients = place("batch_norm_grad", grad, x, weight, expected[1], inv_std)
-    expected_scaled = place("scale_shift", x, *vectors)
+    expected_gradients = normalize_grad(place, grad, x, weight, expected[1], inv_std)
+    expected_scaled = place("scale_shift", x, *vectors, None, False)
     moved, moved_grad = laid_out(x, memory), laid_out(grad, memory)
     strided = [np.repeat(vector, 2)[::2] for vector in vectors]
     results = [
-        (place("batch_norm", moved, *strided, EPS), expected),
+        (normalize(place, moved, *strided), expected),
         (
-            place("batch_norm_grad", moved_grad, moved, strided[0], expected[1], inv_std),
+            normalize_grad(place, moved_grad, moved, strided[0], expected[1], inv_std),
             expected_gradients,
         ),
-        ((place("scale_shift", moved, *strided),), (expected_scaled,)),
+        ((place("scale_shift", moved, *strided, None, False),), (expected_scaled,)),
     ]
     for got, wanted in results:
         for one, other in zip(got, wanted, strict=True):
@@ -109,25 +120,25 @@ def test_any_strides(memory, place, rng):
 def test_scale_shift(dtype, place, rng):
     x, scale, shift = make(SHAPES[0], rng, dtype)
     expected = x.astype(np.float64) * scale[:, None, None] + shift[:, None, None]
-    assert_close(place("scale_shift", x, scale, shift), expected, dtype)
+    assert_close(place("scale_shift", x, scale, shift, None, False), expected, dtype)
 
 
 def test_empty_batch(place):
     x, vector = np.zeros((0, 3, 2, 2)), np.ones(3)
-    out, mean, variance = place("batch_norm", x, vector, vector, EPS)
+    out, mean, variance = normalize(place, x, vector, vector)
     assert out.shape == x.shape
     np.testing.assert_array_equal([mean, variance], 0)
-    by_x, by_weight, by_bias = place("batch_norm_grad", x, x, vector, mean, vector)
+    by_x, by_weight, by_bias = normalize_grad(place, x, x, vector, mean, vector)
     assert by_x.shape == x.shape
     np.testing.assert_array_equal([by_weight, by_bias], 0)
-    assert place("scale_shift", x, vector, vector).shape == x.shape
+    assert place("scale_shift", x, vector, vector, None, False).shape == x.shape
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_special_values_stay_in_their_channel(value):
     x = np.arange(24.0).reshape(2, 3, 2, 2)
     x[1, 1, 0, 0] = value
-    out, _, variance = kernels.batch_norm(x, None, None, EPS)
+    out, _, variance = kernels.batch_norm_act(x, None, None, None, False, EPS)
     assert np.isnan(variance[1])
     assert np.isnan(out[:, 1]).any()
     assert np.isfinite(out[:, [0, 2]]).all()
@@ -135,20 +146,24 @@ def test_special_values_stay_in_their_channel(value):
 
 def test_arrays_that_do_not_fit_are_refused():
     x, vector, long = np.zeros((2, 3, 2, 2)), np.ones(3), np.ones(4)
-    with pytest.raises(ValueError, match=r"batch_norm: x must have .*; got x\.shape=\(3,\)"):
-        kernels.batch_norm(vector, None, None, EPS)
-    with pytest.raises(ValueError, match=r"batch_norm: bias must .*; got bias\.shape=\(4,\)"):
-        kernels.batch_norm(x, vector, long, EPS)
-    with pytest.raises(ValueError, match=r"batch_norm_grad: grad must .* got grad\.shape=\(2, 3\)"):
-        kernels.batch_norm_grad(x[..., 0, 0], x, vector, vector, vector)
-    with pytest.raises(ValueError, match=r"batch_norm_grad: mean must .*; got mean\.shape=\(4,\)"):
-        kernels.batch_norm_grad(x, x, vector, long, vector)
+    with pytest.raises(ValueError, match=r"batch_norm_act: x must have .*; got x\.shape=\(3,\)"):
+        kernels.batch_norm_act(vector, None, None, None, False, EPS)
+    with pytest.raises(ValueError, match=r"batch_norm_act: bias must .*; got bias\.shape=\(4,\)"):
+        kernels.batch_norm_act(x, vector, long, None, False, EPS)
+    with pytest.raises(
+        ValueError, match=r"batch_norm_act_grad: grad must .* got grad\.shape=\(2, 3\)"
+    ):
+        kernels.batch_norm_act_grad(x[..., 0, 0], x, None, vector, vector, vector, False, False)
+    with pytest.raises(
+        ValueError, match=r"batch_norm_act_grad: mean must .*; got mean\.shape=\(4,\)"
+    ):
+        kernels.batch_norm_act_grad(x, x, None, vector, long, vector, False, False)
     with pytest.raises(ValueError, match=r"scale_shift: shift must .*; got shift\.shape=\(4,\)"):
         kernels.scale_shift(x, vector, long)
     with pytest.raises(
-        TypeError, match=r"batch_norm: .*; got x.dtype=float64, weight.dtype=float32"
+        TypeError, match=r"batch_norm_act: .*; got x.dtype=float64, weight.dtype=float32"
     ):
-        kernels.batch_norm(x, vector.astype(np.float32), None, EPS)
+        kernels.batch_norm_act(x, vector.astype(np.float32), None, None, False, EPS)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -167,10 +182,103 @@ def test_both_passes_match_pytorch(shape, affine, place, rng):
         tensors[0], None, None, *tensors[1:], training=True, eps=EPS
     )
     expected.backward(torch.tensor(grad))
-    out, mean, variance = place("batch_norm", x, weight, bias, EPS)
+    out, mean, variance = normalize(place, x, weight, bias)
     assert_close(out, expected.detach().numpy(), np.float64)
     inv_std = 1 / np.sqrt(variance + EPS)
-    gradients = place("batch_norm_grad", grad, x, weight, mean, inv_std)
+    gradients = normalize_grad(place, grad, x, weight, mean, inv_std)
     for gradient, tensor in zip(gradients, tensors, strict=True):
         if tensor is not None:
             np.testing.assert_allclose(gradient, tensor.grad.numpy(), rtol=1e-9, atol=1e-9)
+
+
+def fused_reference(x, weight, bias, residual, relu):
+    out, mean, variance = reference.batch_norm(x, weight, bias, EPS)
+    out = out if residual is None else out + residual
+    return np.maximum(out, 0) if relu else out, mean, variance
+
+
+# Channels around and beside the vector widths, more pixels than one block of a sum has, and few.
+FUSED_SHAPES = [(2, 1, 3, 5), (2, 3, 40, 41), (3, 17, 9, 2), (1, 64, 12, 12), (2, 260, 3, 1)]
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", FUSED_SHAPES)
+def test_residual_and_relu_join_the_pass(shape, dtype, added, relu, place, rng):
+    x, weight, bias = make(shape, rng, dtype)
+    residual = rng.standard_normal(shape).astype(dtype) if added else None
+    expected = fused_reference(x, weight, bias, residual, relu)
+    known = expected[1:]
+    for moments in (None, known):
+        results = place("batch_norm_act", x, weight, bias, residual, relu, EPS, moments)
+        for result, wanted in zip(results, expected, strict=True):
+            assert_close(result, wanted, dtype)
+    scaled = x * weight[:, None, None].astype(np.float64) + bias[:, None, None]
+    scaled = scaled if residual is None else scaled + residual
+    out = place("scale_shift", x, weight, bias, residual, relu)
+    assert_close(out, np.maximum(scaled, 0) if relu else scaled, dtype)
+
+
+@pytest.mark.parametrize("wants_residual", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", FUSED_SHAPES)
+def test_fused_gradients_are_those_of_batch_norm_behind_relu(
+    shape, dtype, relu, wants_residual, place, rng
+):
+    x, weight, bias = make(shape, rng, dtype)
+    grad, residual = rng.standard_normal((2, *shape)).astype(dtype)
+    out, mean, variance = fused_reference(x, weight, bias, residual, relu)
+    passed = np.where(out == 0, 0, grad)
+    inv_std = 1 / np.sqrt(variance + EPS)
+    normal = (x - mean[:, None, None]) * inv_std[:, None, None]
+    axes = (0, 2, 3)
+    along = (passed * normal).mean(axes, keepdims=True)
+    by_x = (passed - passed.mean(axes, keepdims=True) - normal * along) * (
+        weight * inv_std
+    ).reshape(-1, 1, 1)
+    given = (array.astype(dtype) for array in (grad, x, out, weight, mean, inv_std))
+    gradients = place("batch_norm_act_grad", *given, relu, wants_residual)
+    wanted = (by_x, (passed * normal).sum(axes), passed.sum(axes))
+    for gradient, expected in zip(gradients[:3], wanted, strict=True):
+        assert_close(gradient, expected, dtype)
+    if wants_residual:
+        np.testing.assert_array_equal(gradients[3], passed)
+    else:
+        assert gradients[3] is None
+
+
+def test_sums_of_many_pixels_keep_float32s_digits(rng):
+    x = (rng.standard_normal((4, 2, 300, 300)) + 30).astype(np.float32)
+    _, mean, variance = kernels.batch_norm_act(x, None, None, None, False, EPS)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean(axis=(0, 2, 3)), rtol=1e-7)
+    np.testing.assert_allclose(variance, exact.var(axis=(0, 2, 3)), rtol=1e-6)
+    ones = np.ones(2, np.float32)
+    grad = np.full_like(x, 0.1)
+    _, _, total, _ = kernels.batch_norm_act_grad(grad, x, None, ones, mean, ones, False, False)
+    np.testing.assert_allclose(total, np.float64(np.float32(0.1)) * 360000, rtol=1e-6)
+
+
+def test_nan_passes_the_fused_relu():
+    x = np.zeros((2, 3, 2, 2), np.float32)
+    x[1, 1, 0, 0] = np.nan
+    ones = np.ones(3, np.float32)
+    out = kernels.scale_shift(x, ones, ones, None, True)
+    np.testing.assert_array_equal(out, x + 1)
+    residual = np.where(np.isnan(x), 0, -np.inf).astype(np.float32)
+    out = kernels.scale_shift(x, ones, ones, residual, True)
+    np.testing.assert_array_equal(out, np.where(np.isnan(x), x, 0))
+
+
+def test_a_residual_that_does_not_fit_is_refused():
+    x, ones = np.zeros((2, 3, 2, 2)), np.ones(3)
+    with pytest.raises(ValueError, match=r"batch_norm_act: residual must .* got residual\.shape"):
+        kernels.batch_norm_act(x, ones, ones, x[:1], False, EPS)
+    with pytest.raises(ValueError, match=r"scale_shift: residual must .* got residual\.shape"):
+        kernels.scale_shift(x, ones, ones, x[:1])
+    with pytest.raises(TypeError, match=r"scale_shift: .*residual\.dtype=float32"):
+        kernels.scale_shift(x, ones, ones, x.astype(np.float32))
+    with pytest.raises(ValueError, match=r"batch_norm_act_grad: out must .* got out\.shape"):
+        kernels.batch_norm_act_grad(x, x, x[:1], ones, ones, ones, True, False)

@@ -34,8 +34,8 @@ def every_result():
         kernels.max_pool2d_scatter(pooled, indices, pool),
         kernels.avg_pool2d(x, pool),
         kernels.avg_pool2d_grad(pooled, pool),
-        *kernels.batch_norm(x, vector, vector, 1e-5),
-        *kernels.batch_norm_grad(x, x, vector, vector, vector),
+        *kernels.batch_norm_act(x, vector, vector, x, True, 1e-5),
+        *kernels.batch_norm_act_grad(x, x, x, vector, vector, vector, True, True),
         kernels.erf(x),
     ]
 

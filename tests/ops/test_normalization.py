@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import gradengine as ge
-from gradengine.ops.normalization import batch_norm, layer_norm
+from gradengine.ops.normalization import batch_norm, batch_norm_act, layer_norm
+from gradengine.tape import SavedOutput
 
 
 def tensor(*shape: int, requires_grad: bool = False, dtype: Any = np.float32) -> Any:
@@ -167,3 +168,103 @@ def test_each_vector_must_fit_the_input(name: str, training: bool):
         batch_norm(x, training=training, **wrong)
     with pytest.raises(TypeError, match=f"{name} must have x's dtype"):
         batch_norm(x, training=training, **other)
+
+
+def in_three_steps(x, mean, var, weight, bias, residual, relu, **options):
+    out = batch_norm(x, mean, var, weight, bias, **options)
+    out = out if residual is None else out + residual
+    return ge.relu(out) if relu else out
+
+
+def fused_inputs(added: bool, shape: tuple[int, ...] = (4, 3, 5, 2)) -> list[Any]:
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal(s) for s in (shape, (3,), (3,), shape)]
+    tensors = [ge.tensor(array, device="cpu", requires_grad=True) for array in arrays]
+    return tensors if added else [*tensors[:3], None]
+
+
+def first_and_second_derivatives(out, inputs):
+    inputs = [x for x in inputs if x is not None]
+    seed = ge.tensor(np.random.default_rng(1).standard_normal(out.shape), requires_grad=True)
+    (plain, recorded) = (
+        ge.autograd.grad(out, inputs, seed, retain_graph=True, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    total = ge.sum(ge.stack([(g * g * g).sum() for g in recorded]))
+    second = ge.autograd.grad(total, [*inputs, seed], allow_unused=True, materialize_grads=True)
+    return [tensor.numpy() for tensor in (*plain, *(g.detach() for g in recorded), *second)]
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 2), (6, 3)])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_pass_gives_what_three_steps_give(training, added, relu, shape):
+    x, weight, bias, residual = fused_inputs(added, shape)
+    found, statistics = [], []
+    for function in (in_three_steps, batch_norm_act):
+        mean, var = (ge.tensor(np.full(3, value), device="cpu") for value in (0.2, 1.5))
+        out = function(x, mean, var, weight, bias, residual, relu, training=training, momentum=0.3)
+        found.append(
+            [out.detach().numpy(), *first_and_second_derivatives(out, (x, weight, bias, residual))]
+        )
+        statistics.append([mean.numpy(), var.numpy()])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(*statistics, rtol=1e-12)
+
+
+def test_moments_that_are_given_are_not_computed():
+    x, weight, bias, residual = fused_inputs(True)
+    array = x.detach().numpy()
+    moments = array.mean(axis=(0, 2, 3)), array.var(axis=(0, 2, 3))
+    options: dict[str, Any] = {"training": True, "relu": True}
+    expected = batch_norm_act(x, None, None, weight, bias, residual, **options)
+    out = batch_norm_act(x, None, None, weight, bias, residual, moments=moments, **options)
+    np.testing.assert_allclose(out.detach().numpy(), expected.detach().numpy(), atol=1e-12)
+    grads, wanted = (first_and_second_derivatives(o, (x, weight)) for o in (out, expected))
+    for one, other in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+    moved = batch_norm_act(x, None, None, training=True, moments=(moments[0] + 1, moments[1]))
+    scale = 1 / np.sqrt(moments[1] + 1e-5)
+    shift = batch_norm(x, None, None, training=True) - moved
+    np.testing.assert_allclose(shift.detach().numpy()[0, :, 0, 0], scale)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_the_result_is_kept_only_for_relu(relu, training):
+    x, weight, bias, residual = fused_inputs(True)
+    running = ge.zeros(3, dtype=ge.float64), ge.ones(3, dtype=ge.float64)
+    out = batch_norm_act(x, *running, weight, bias, residual, relu=relu, training=training)
+    kept = [value for edge in out.grad_fn.edges for value in edge[2]]
+    assert any(value is x for value in kept)
+    assert not any(value is residual for value in kept)
+    assert any(isinstance(value, SavedOutput) for value in kept) == relu
+    names = {True: "BatchNormReluBackward0", False: "NativeBatchNormBackward0"}
+    assert out.grad_fn.name() == names[relu]
+
+
+def test_a_frozen_layer_in_evaluation_keeps_the_result_alone():
+    x, _, _, residual = fused_inputs(True)
+    running = ge.zeros(3, dtype=ge.float64), ge.ones(3, dtype=ge.float64)
+    out = batch_norm_act(x, *running, residual=residual, relu=True)
+    assert not any(value is x for value in kept_values(out.grad_fn))
+
+
+def test_writing_to_a_result_that_relu_kept_is_noticed():
+    x, weight, bias, residual = fused_inputs(True)
+    out = batch_norm_act(x, None, None, weight, bias, residual, relu=True, training=True)
+    loss = out.sum()
+    with ge.no_grad():
+        out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_residual_must_be_like_the_input():
+    x = tensor(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"batch_norm_act: residual must have .*shape=\(2, 3, 4\)"):
+        batch_norm_act(x, None, None, residual=tensor(2, 3, 4), training=True)
+    with pytest.raises(ValueError, match=r"residual must have .*residual\.dtype=float64"):
+        batch_norm_act(x, None, None, residual=tensor(2, 3, 4, 4, dtype=np.float64), training=True)
