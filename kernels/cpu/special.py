@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import vectorize
 
-from gradengine.kernels.cpu.launch import LAUNCH_LOCK
+from gradengine.kernels.cpu.threads import LAUNCH_LOCK
 from gradengine.kernels.layout import Array
 
 

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gradengine import kernels
+from gradengine.kernels.cpu.workspace import workspace
 from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
 
 ROOT = Path(__file__).parents[2]
@@ -113,19 +115,57 @@ def test_numba_and_cupy_are_imported_when_a_kernel_needs_them():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
+    ("chosen", "spins"),
+    [({}, "5000"), ({"OMP_WAIT_POLICY": "passive"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
-def test_idle_openmp_threads_sleep_unless_the_user_chose(chosen, policy, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+def test_idle_openmp_threads_spin_for_a_moment_unless_the_user_chose(chosen, spins, monkeypatch):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
     code = (
         "import os, numpy, gradengine.kernels as kernels\n"
         "kernels.erf(numpy.zeros(9))\n"
         "from numba.np.ufunc import threading_layer\n"
-        "print(threading_layer(), os.environ.get('OMP_WAIT_POLICY', 'unset'))"
+        f"print(threading_layer(), *[os.environ.get(name, 'unset') for name in {names}])"
     )
-    result = run_alone(code, OMP_DISPLAY_ENV="true", **chosen)
-    layer, left = result.stdout.split()
-    assert left == chosen.get("OMP_WAIT_POLICY", "unset")
-    if layer != "omp":
-        pytest.skip(f"Numba's threading layer is {layer} here")
-    assert f"OMP_WAIT_POLICY = '{policy}'" in result.stderr
+    result = run_alone(code, OMP_DISPLAY_ENV="verbose", **chosen)
+    layer, *left = result.stdout.split()
+    assert left == [chosen.get(name, "unset") for name in names]
+    if layer != "omp" or "GOMP_SPINCOUNT" not in result.stderr:
+        pytest.skip(f"not GNU OpenMP: Numba's threading layer is {layer} here")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
+
+
+def test_a_workspace_is_lent_again_and_grows():
+    with workspace(3, 5, dtype=np.float32) as first:
+        assert first.shape == (3, 5)
+        assert first.dtype == np.float32
+        assert first.flags.c_contiguous
+        assert first.ctypes.data % 64 == 0
+        with workspace(2, dtype=np.float64) as inner:
+            assert not np.shares_memory(first, inner)
+    size = 1 << 20
+    with workspace(size, dtype=np.float64) as large:
+        large[:] = 7
+        place = large.ctypes.data
+    with workspace(4, dtype=np.int32) as again:
+        assert again.ctypes.data == place
+
+
+def test_python_threads_take_turns_in_a_workspace():
+    wrong = []
+
+    def repeat(value):
+        for _ in range(50):
+            with workspace(1000, dtype=np.int64) as scratch:
+                scratch[:] = value
+                time.sleep(1e-4)
+                if (scratch != value).any():
+                    wrong.append(value)
+
+    threads = [threading.Thread(target=repeat, args=(value,)) for value in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
