@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import vectorize
+from numba import prange
 
-from gradengine.kernels.cpu.threads import LAUNCH_LOCK
+from gradengine.kernels.cpu.launch import parallel_kernel
 from gradengine.kernels.layout import Array
 
 
 def erf(x: Array) -> Array:
+    x = np.asarray(x)
+    elements = x.ravel("K")
+    if not np.may_share_memory(elements, x):  # there are gaps between the elements
+        x = np.ascontiguousarray(x)
+        elements = x.ravel()
     out = np.empty_like(x)
-    with LAUNCH_LOCK:
-        _parallel_erf(x, out)
+    # To Numba a read-only array is another type: it would compile a second time.
+    _erf(elements if elements.flags.writeable else elements.copy(), out.ravel("K"))
     return out
 
 
-def _erf(x):
-    return math.erf(x)
-
-
-# A NumPy ufunc: it takes any shape and strides as they are.
-_parallel_erf: Any = vectorize(
-    ["float32(float32)", "float64(float64)"], target="parallel", cache=True
-)(_erf)
+@parallel_kernel
+def _erf(x, out):
+    for i in prange(x.size):
+        out[i] = math.erf(x[i])
