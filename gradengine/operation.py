@@ -183,7 +183,7 @@ def _general(op: Operation) -> Callable[..., Any]:
                 if x.node is not None:
                     wanted = True
                 x = x.array
-            if type(x) is not _ndarray:
+            if type(x) is not _ndarray and x is not None:
                 foreign = True
             arrays.append(x)
         out = _call(op, arrays, attributes) if foreign else forward(*arrays, **attributes)
