@@ -17,6 +17,13 @@ def _conv2d(x, weight, bias, *, geometry):
     return kernels.conv2d(x, weight, bias, geometry)
 
 
+@operation(label="ConvolutionBackward0")
+def _conv2d_moments(x, weight, bias, *, geometry, moments):
+    """Convolve, and put mean and variance of the result by channel into the list `moments`."""
+    out, *moments[:] = kernels.conv2d_moments(x, weight, bias, geometry)
+    return out
+
+
 @operation(label="ConvolutionBackwardBackward0")
 def _conv2d_grad_input(grad, weight, *, geometry):
     return kernels.conv2d_grad_input(grad, weight, geometry)
@@ -27,11 +34,12 @@ def _conv2d_grad_weight(grad, x, *, geometry):
     return kernels.conv2d_grad_weight(grad, x, geometry)
 
 
-_conv2d.pullbacks(
-    x=lambda grad, weight, geometry: _conv2d_grad_input(grad, weight, geometry=geometry),
-    weight=lambda grad, x, geometry: _conv2d_grad_weight(grad, x, geometry=geometry),
-    bias=lambda grad: sum(grad, dim=(0, 2, 3)),
-)
+for _convolution in (_conv2d, _conv2d_moments):
+    _convolution.pullbacks(
+        x=lambda grad, weight, geometry: _conv2d_grad_input(grad, weight, geometry=geometry),
+        weight=lambda grad, x, geometry: _conv2d_grad_weight(grad, x, geometry=geometry),
+        bias=lambda grad: sum(grad, dim=(0, 2, 3)),
+    )
 _conv2d_grad_input.pullbacks(
     grad=lambda x, weight, geometry: _conv2d(x, weight, None, geometry=geometry),
     weight=lambda x, grad, geometry: _conv2d_grad_weight(grad, x, geometry=geometry),
@@ -64,6 +72,27 @@ def conv2d(
         return squeeze(out, 0)
     geometry = conv2d_geometry(x.shape, weight.shape, stride, padding, dilation, groups)
     return _conv2d(x, weight, bias, geometry=geometry)
+
+
+def conv2d_moments(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> tuple[Any, tuple[Any, Any]]:
+    """Return `conv2d` of x (N, C, H, W), and mean and biased variance of it by channel.
+
+    The two are float64 arrays (K,) without a gradient, 0 for an empty batch: what follows from them
+    must count in its own gradient that they depend on the result, as batch normalization's does.
+    Arguments and errors are those of `conv2d`.
+    """
+    geometry = conv2d_geometry(x.shape, weight.shape, stride, padding, dilation, groups)
+    moments: list[Any] = []
+    out = _conv2d_moments(x, weight, bias, geometry=geometry, moments=moments)
+    return out, (moments[0], moments[1])
 
 
 def conv1d(
