@@ -41,9 +41,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        return self.relu(x + shortcut)
+        x = nn.conv_norm(x, self.conv1, self.bn1, activation=self.relu)
+        return nn.conv_norm(x, self.conv2, self.bn2, activation=self.relu, residual=shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -66,10 +65,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
-        return self.relu(x + shortcut)
+        x = nn.conv_norm(x, self.conv1, self.bn1, activation=self.relu)
+        x = nn.conv_norm(x, self.conv2, self.bn2, activation=self.relu)
+        return nn.conv_norm(x, self.conv3, self.bn3, activation=self.relu, residual=shortcut)
 
 
 class ResNet(nn.Module):
@@ -100,7 +98,8 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (N, 64, H / 4, W / 4)
+        x = nn.conv_norm(x, self.conv1, self.bn1, activation=self.relu)  # (N, 64, H / 2, W / 2)
+        x = self.maxpool(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, features, H / 32, W / 32)
         return self.fc(self.avgpool(x).flatten(1))
 

@@ -18,6 +18,7 @@ from gradengine.nn.container import ModuleDict, ModuleList, Sequential
 from gradengine.nn.convolution import Conv1d, Conv2d
 from gradengine.nn.dropout import Dropout
 from gradengine.nn.freezing import FrozenAudit, audit_frozen
+from gradengine.nn.fusion import conv_norm
 from gradengine.nn.linear import Identity, Linear
 from gradengine.nn.loss import (
     BCEWithLogitsLoss,
@@ -72,6 +73,7 @@ __all__ = [
     "Upsample",
     "audit_frozen",
     "clip_grad_norm_",
+    "conv_norm",
     "functional",
     "init",
 ]

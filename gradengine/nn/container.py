@@ -6,7 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
+from gradengine.nn.activation import ReLU
+from gradengine.nn.convolution import Conv2d
+from gradengine.nn.fusion import conv_norm
 from gradengine.nn.module import Module
+from gradengine.nn.normalization import BatchNorm2d
 
 
 class _Indexed(Module):
@@ -70,7 +74,10 @@ class _Indexed(Module):
 
 
 class Sequential(_Indexed):
-    """Apply modules one after the other: `Sequential(a, b)`, or named: `Sequential({"x": a})`."""
+    """Apply modules one after the other: `Sequential(a, b)`, or named: `Sequential({"x": a})`.
+
+    A Conv2d, the BatchNorm2d after it and a ReLU after that run as one step: see `conv_norm`.
+    """
 
     def __init__(self, *modules: Any) -> None:
         super().__init__()
@@ -82,8 +89,17 @@ class Sequential(_Indexed):
         return type(self)(OrderedDict(modules))
 
     def forward(self, x: Any) -> Any:
-        for module in self:
-            x = module(x)
+        modules = list(self)
+        place = 0
+        while place < len(modules):
+            kinds = [type(module) for module in modules[place : place + 3]]
+            if kinds[:2] != [Conv2d, BatchNorm2d]:
+                x = modules[place](x)
+                place += 1
+                continue
+            activation = modules[place + 2] if kinds[2:] == [ReLU] else None
+            x = conv_norm(x, modules[place], modules[place + 1], activation=activation)
+            place += 2 if activation is None else 3
         return x
 
 

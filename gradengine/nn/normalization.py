@@ -11,6 +11,7 @@ from gradengine import functional as F
 from gradengine.factories import ones, tensor, zeros
 from gradengine.nn import init
 from gradengine.nn.module import Module
+from gradengine.ops.normalization import batch_norm_act
 from gradengine.tensor import Parameter, Tensor
 
 
@@ -73,26 +74,37 @@ class _BatchNorm(Module):
                 f"{type(self).__name__}: expected {ranks} input; got {x.ndim}D input, "
                 f"x.shape={x.shape}"
             )
-        if not self.training or self.fixed or not self.track_running_stats:
-            training = not self.track_running_stats
-            return self._normalize(x, training, 0.0)
+        return self._normalize(x)
+
+    def _takes_running_statistics(self) -> bool:
+        return self.track_running_stats and (self.fixed or not self.training)
+
+    def _normalize(self, x: Tensor, **epilogue: Any) -> Tensor:
+        """Normalize x and do what the mode asks for; `batch_norm_act` documents `epilogue`."""
+        if self._takes_running_statistics():
+            return self._batch_norm(x, False, 0.0, epilogue)
+        if not self.track_running_stats:
+            return self._batch_norm(x, True, 0.0, epilogue)
         if not self._warned and self._drifts():
             _warn_of_drift(self)
         count = self.num_batches_tracked
         assert count is not None
         # Without momentum, the running statistics are the plain average over all batches so far.
         momentum = 1 / (count.item() + 1) if self.momentum is None else self.momentum
-        out = self._normalize(x, True, momentum)
+        out = self._batch_norm(x, True, momentum, epilogue)
         count.array += 1
         count.written()
         return out
 
-    def _normalize(self, x: Tensor, training: bool, momentum: float) -> Tensor:
-        return F.batch_norm(
+    def _batch_norm(
+        self, x: Tensor, training: bool, momentum: float, epilogue: dict[str, Any]
+    ) -> Tensor:
+        return batch_norm_act(
             *(x, self.running_mean, self.running_var, self.weight, self.bias),
             training=training,
             momentum=momentum,
             eps=self.eps,
+            **epilogue,
         )
 
     def _freeze_own(self, frozen: bool) -> None:
@@ -160,10 +172,12 @@ def _warn_of_drift(layer: _BatchNorm) -> None:
 def _model_around(layer: _BatchNorm) -> tuple[Module, int]:
     """Return the outermost module being called that holds `layer`, and its caller's stack level.
 
-    They are read off the stack, so that ordinary calls need not note who calls whom.
+    They are read off the stack, so that ordinary calls need not note who calls whom. Where no
+    module is being called, that is `layer` and the first caller outside the layers' own code.
     """
     model: Module = layer
     level = model_level = 0
+    outside = 0
     frame = sys._getframe(1)
     while frame is not None:
         level += 1
@@ -171,8 +185,10 @@ def _model_around(layer: _BatchNorm) -> tuple[Module, int]:
             caller = frame.f_locals["self"]
             if any(module is layer for module in caller.modules()):
                 model, model_level = caller, level
+        if not outside and not frame.f_globals["__name__"].startswith("gradengine.nn."):
+            outside = level
         frame = frame.f_back
-    return model, model_level + 1
+    return model, model_level + 1 if model_level else outside
 
 
 class LayerNorm(Module):

@@ -1,0 +1,218 @@
+"""Convolution, batch normalization, residual and activation as one step.
+
+Where nothing needs a gradient and running statistics are taken, normalization is a scale and a
+shift by channel. They are folded into the convolution's weight and bias, which are laid out for the
+kernel once and kept until one of the tensors that they are made of is written.
+"""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from gradengine import kernels
+from gradengine.devices import array_module, device_of
+from gradengine.grad_mode import grad_mode
+from gradengine.kernels.geometry import Conv2dGeometry, conv2d_geometry
+from gradengine.nn.activation import ReLU
+from gradengine.nn.convolution import Conv2d
+from gradengine.nn.module import Module
+from gradengine.nn.normalization import BatchNorm2d
+from gradengine.operation import operation
+from gradengine.ops.convolution import conv2d_moments
+from gradengine.tensor import Tensor
+
+# Of each convolution: what is laid out for a kernel may be four times as large as the weight.
+KEPT_GEOMETRIES = 2
+
+
+def conv_norm(
+    x: Tensor,
+    conv: Module,
+    norm: Module,
+    *,
+    activation: Module | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return activation(norm(conv(x)) + residual), in fewer passes over memory where possible.
+
+    It is possible for Conv2d, BatchNorm2d and ReLU on x (N, C, H, W), with a residual of the
+    result's shape; anything else, or with a hook, is called as usual, one after the other. Results,
+    gradients, running statistics and errors are the same but for rounding. In the graph,
+    normalization, residual and ReLU are one node, NativeBatchNormBackward0 or, with a ReLU,
+    BatchNormReluBackward0. Without gradients, norm by running statistics is folded into conv's
+    weight, which is kept that way until a tensor of either is written: who writes to `array`
+    without operations calls `written()`.
+    """
+    tensors = _tensors(conv, norm)
+    if tensors is None or not (isinstance(x, Tensor) and x.array.ndim == 4):
+        return _activate(norm(conv(x)), activation, residual)
+    geometry = conv2d_geometry(
+        *(x.array.shape, tensors[0].array.shape),
+        *(conv.stride, conv.padding, conv.dilation, conv.groups),
+    )
+    if residual is not None and not _is_like(residual, x, geometry.output_shape):
+        return _activate(conv_norm(x, conv, norm), activation, residual)
+    fused = activation is not None and _is_plain(activation, ReLU)
+    folded = None
+    if not norm._takes_running_statistics() or _want_gradient(*tensors):
+        _KEPT.pop(conv, None)  # they train, and so what is kept would soon be stale
+    elif not _want_gradient(x, residual):
+        folded = _folded(x, conv, tensors, norm.eps, geometry)
+    if folded is None:
+        out = _normalized(x, conv, norm, residual, fused)
+    else:
+        out = _folded_conv2d(
+            x, folded.bias, residual, weight=folded.weight, geometry=geometry, relu=fused
+        )
+    return out if fused or activation is None else activation(out)
+
+
+def _is_plain(module: Module, kind: type[Module]) -> bool:
+    """Whether calling the module does what `kind` says, and nothing else."""
+    own = module.__dict__
+    return type(module) is kind and not (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    )
+
+
+def _tensors(conv: Module, norm: Module) -> tuple[Any, ...] | None:
+    """Return what plain modules compute with, or None: in the order of `_fold`'s parameters."""
+    if not (_is_plain(conv, Conv2d) and _is_plain(norm, BatchNorm2d)):
+        return None
+    weights, scales, statistics = conv._parameters, norm._parameters, norm._buffers
+    try:
+        tensors = (
+            *(weights["weight"], weights["bias"], scales["weight"], scales["bias"]),
+            *(statistics["running_mean"], statistics["running_var"]),
+        )
+    except KeyError:  # replaced by something that is no parameter or no buffer
+        return None
+    return None if tensors[0] is None else tensors
+
+
+def _is_like(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether residual is a tensor of this shape and of x's dtype, on its kind of device."""
+    return (
+        isinstance(residual, Tensor)
+        and residual.array.shape == shape
+        and residual.array.dtype == x.array.dtype
+        and type(residual.array) is type(x.array)
+    )
+
+
+def _activate(out: Tensor, activation: Module | None, residual: Tensor | None) -> Tensor:
+    if residual is not None:
+        out = out + residual
+    return out if activation is None else activation(out)
+
+
+def _normalized(x: Tensor, conv: Any, norm: Any, residual: Tensor | None, relu: bool) -> Tensor:
+    """Convolve and record it; gather a batch's statistics, where they are wanted, on the way."""
+    if norm._takes_running_statistics():
+        return norm._normalize(conv.forward(x), residual=residual, relu=relu)
+    out, moments = conv2d_moments(
+        *(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    )
+    return norm._normalize(out, residual=residual, relu=relu, moments=moments)
+
+
+# ---- without gradients: folded weights -----------------------------------------------------------
+
+
+class _Folded:
+    """A convolution's weight and bias with a normalization folded in, and what they came from."""
+
+    __slots__ = ("arrays", "bias", "eps", "geometry", "stamps", "tensors", "weight")
+
+    def __init__(self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry) -> None:
+        self.tensors = tensors
+        # Stamps before values: what another thread writes meanwhile shows at the next call.
+        self.stamps = [None if tensor is None else tensor.version().stamp for tensor in tensors]
+        self.arrays = [None if tensor is None else tensor.array for tensor in tensors]
+        self.eps = eps
+        self.geometry = geometry
+        self.weight, self.bias = _fold(*self.arrays, eps=eps, geometry=geometry)
+
+    def serves(self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry) -> bool:
+        """Whether this is what these tensors, as they are now, fold to; the batch may differ."""
+        return (
+            self.eps == eps
+            and (self.geometry is geometry or self.geometry[1:] == geometry[1:])
+            and all(map(is_, self.tensors, tensors))
+            and self.is_current()
+        )
+
+    def is_current(self) -> bool:
+        """Whether nothing was written or replaced since."""
+        for tensor, array, stamp in zip(self.tensors, self.arrays, self.stamps, strict=True):
+            if tensor is not None and (
+                tensor.array is not array or tensor.version().stamp != stamp
+            ):
+                return False
+        return True
+
+
+# Beside the modules, not in them: it is no part of a copy, a pickle or a state dict.
+_KEPT: WeakKeyDictionary[Module, tuple[_Folded, ...]] = WeakKeyDictionary()
+
+
+def _folded(
+    x: Tensor, conv: Module, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry
+) -> _Folded | None:
+    """Return what is kept for these tensors, or make it; None where the modules would refuse x."""
+    kept = _KEPT.get(conv, ())
+    for folded in kept:
+        if folded.serves(tensors, eps, geometry):
+            break
+    else:
+        if not _can_fold(tensors, geometry):
+            return None
+        folded = _Folded(tensors, eps, geometry)
+        others = [other for other in kept if other.is_current()]
+        _KEPT[conv] = (folded, *others[: KEPT_GEOMETRIES - 1])
+    bias = folded.bias
+    return folded if bias.dtype == x.array.dtype and type(bias) is type(x.array) else None
+
+
+def _can_fold(tensors: tuple[Any, ...], geometry: Conv2dGeometry) -> bool:
+    """Whether running statistics are there, vectors have the shape, and all dtype and device."""
+    arrays = [tensor.array for tensor in tensors if tensor is not None]
+    return (
+        tensors[-1] is not None
+        and tensors[-2] is not None
+        and all(array.shape == (geometry.out_channels,) for array in arrays[1:])
+        and len({(array.dtype, device_of(array)) for array in arrays}) == 1
+    )
+
+
+@operation
+def _fold(weight, bias, scale, shift, mean, var, *, eps, geometry):
+    """Return norm(conv(x)) as one convolution: its weight, packed, and its bias (K,)."""
+    xp = array_module(weight)
+    factor = 1 / xp.sqrt(var.astype(np.float64) + eps)
+    if scale is not None:
+        factor *= scale
+    offset = -mean if bias is None else bias - mean
+    offset = offset * factor if shift is None else offset * factor + shift
+    weight = (weight * factor[:, None, None, None]).astype(weight.dtype)
+    return kernels.pack_conv2d(weight, geometry), offset.astype(weight.dtype)
+
+
+@operation
+def _folded_conv2d(x, bias, residual, *, weight, geometry, relu):
+    return kernels.conv2d(x, weight, bias, geometry, residual=residual, relu=relu)
+
+
+def _want_gradient(*tensors: Tensor | None) -> bool:
+    if grad_mode.enabled:
+        for tensor in tensors:
+            if tensor is not None and tensor.node is not None:
+                return True
+    return False
