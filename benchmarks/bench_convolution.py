@@ -32,8 +32,9 @@ def _channels_last(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
 
 
-def _peer(torch: Any, which: str, x: Any, weight: Any, grad: Any, stride: int) -> Callable[[], Any]:
-    """Return PyTorch's run of one pass on its tensors, in whichever layout they have."""
+def _peer(torch: Any, which: str, tensors: list[Any], stride: int) -> Callable[[], Any]:
+    """Return PyTorch's run of one pass on x, weight and grad, in whichever layout they have."""
+    x, weight, grad = tensors
     padding = weight.shape[2] // 2
     if which == "forward":
         return lambda: torch.nn.functional.conv2d(x, weight, stride=stride, padding=padding)
@@ -47,7 +48,7 @@ def _peers(torch: Any, which: str, arrays: tuple[np.ndarray, ...], stride: int) 
     runs = {}
     for name, layout in layouts.items():
         tensors = [torch.from_numpy(array).contiguous(memory_format=layout) for array in arrays]
-        runs[name] = _peer(torch, which, *tensors, stride)
+        runs[name] = _peer(torch, which, tensors, stride)
     return runs
 
 

@@ -59,7 +59,7 @@ def _multiply_add(context: Any, steps: Any, factor: Any) -> Any:
 
 @numba.njit(nogil=True)
 def _chains(steps: int, factor: np.float32) -> float:
-    return _multiply_add(steps, factor)
+    return _multiply_add(steps, factor)  # pyright: ignore[reportCallIssue]
 
 
 def _best(work: Callable[[int], Any], tries: int = 15) -> float:

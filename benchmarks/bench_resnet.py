@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import gradengine as ge
-from benchmarks import engines
+from benchmarks import engines, timing
 from gradengine.models import resnet18
 
+# (library, model, images, labels, what to compute the loss in) -> one run
 Make = Callable[[Any, Any, Any, Any, Any], Callable[[], Any]]
 GROUP = "ResNet-18"
 
@@ -24,21 +25,31 @@ def _data(batch: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
     return images, random.integers(0, 1000, batch)
 
 
-def _theirs(torch: Any, data: Any, make: Make, state: Any) -> dict[str, Callable[[], Any]]:
-    """Return make(torch, model, images, labels, autocast) for both memory layouts and bfloat16."""
+def _state(model: Any) -> dict[str, np.ndarray]:
+    return {name: np.array(value.detach()) for name, value in model.state_dict().items()}
+
+
+def _runs(
+    make: Make, torch: Any, model: Any, images: np.ndarray, labels: np.ndarray
+) -> dict[str, Callable[[], Any]]:
+    """Return one run of each library that is installed; PyTorch's start from `model`'s weights."""
+    state = _state(model)
+    ours = make(ge, model, ge.from_numpy(images), ge.from_numpy(labels), nullcontext())
+    runs = {"gradengine": ours}
+    if torch is None:
+        return runs
     from tests.models import torch_resnet
 
-    images, labels = map(torch.from_numpy, data)
-    runs = {}
     for name, layout, autocast in (
         ("PyTorch nchw", torch.contiguous_format, nullcontext()),
         ("PyTorch nhwc", torch.channels_last, nullcontext()),
         ("PyTorch nhwc bf16", torch.channels_last, torch.autocast("cpu", torch.bfloat16)),
     ):
-        model = torch_resnet.resnet(18)
-        model.load_state_dict({key: torch.from_numpy(np.array(state[key])) for key in state})
-        model.to(memory_format=layout)
-        runs[name] = make(torch, model, images.contiguous(memory_format=layout), labels, autocast)
+        theirs = torch_resnet.resnet(18)
+        theirs.load_state_dict({key: torch.tensor(array) for key, array in state.items()})
+        theirs.to(memory_format=layout)
+        data = torch.tensor(images).contiguous(memory_format=layout)
+        runs[name] = make(torch, theirs, data, torch.tensor(labels), autocast)
     return runs
 
 
@@ -67,6 +78,15 @@ def _frozen_step(
     return _step(library, model, images, labels, autocast)
 
 
+def _fixed_step(
+    library: Any, model: Any, images: Any, labels: Any, autocast: Any
+) -> Callable[[], None]:
+    """Return such a step where batch norm takes its running statistics and leaves them alone."""
+    step = _frozen_step(library, model, images, labels, autocast)
+    model.eval()
+    return step
+
+
 def _forward(
     library: Any, model: Any, images: Any, labels: Any, autocast: Any
 ) -> Callable[[], Any]:
@@ -80,31 +100,29 @@ def _forward(
     return forward
 
 
-TRAINING = {"training step": _step, "frozen backbone, new fc": _frozen_step}
+TRAINING = {
+    "training step": _step,
+    "frozen backbone, new fc": _frozen_step,
+    "frozen backbone in eval mode, new fc": _fixed_step,
+}
 
 
 @pytest.mark.filterwarnings("ignore:BatchNorm")  # frozen by hand: statistics move, as in PyTorch
 @pytest.mark.parametrize("size", [(16, 224), (8, 64), (1, 64)], ids=str)
 @pytest.mark.parametrize("what", TRAINING)
 def test_training(race: Any, torch: Any, what: str, size: tuple[int, int]) -> None:
-    data, model = _data(*size), resnet18()
-    state = {key: np.array(value.detach()) for key, value in model.state_dict().items()}
-    runs = {"gradengine": TRAINING[what](ge, model, *map(ge.from_numpy, data), nullcontext())}
-    if torch:
-        runs |= _theirs(torch, data, TRAINING[what], state)
+    runs = _runs(TRAINING[what], torch, resnet18(), *_data(*size))
     race(GROUP, _name(what, size), runs, seconds=12 if size[1] > 64 else 5)
 
 
 @pytest.mark.parametrize("size", [(16, 224), (1, 224), (1, 64)], ids=str)
 def test_forward(race: Any, torch: Any, size: tuple[int, int]) -> None:
-    data, model = _data(*size), resnet18()
-    state = {key: np.array(value.detach()) for key, value in model.state_dict().items()}
-    runs = {"gradengine": _forward(ge, model, *map(ge.from_numpy, data), nullcontext())}
-    if torch:
-        runs |= _theirs(torch, data, _forward, state)
-    runs |= engines.forward_runs(state, data[0])
+    images, labels = _data(*size)
+    model = resnet18()
+    runs = _runs(_forward, torch, model, images, labels)
+    runs |= engines.forward_runs(_state(model), images)
     _check_same(runs)
-    race(GROUP, _name("forward in eval mode", size), runs, seconds=8 if size[0] > 1 else 4)
+    race(GROUP, _name("forward in eval mode", size), runs, seconds=10, pause=timing.LONG_PAUSE)
 
 
 def _name(what: str, size: tuple[int, int]) -> str:

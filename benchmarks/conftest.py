@@ -66,7 +66,7 @@ def race(record: Callable[[report.Row], None]) -> Callable[..., None]:
 
     `runs` holds "gradengine" and any peers. `calls` is how many units (operations, say) one run
     holds; `flop` and `moved` are its floating point operations and the bytes it has to move at
-    least: they only scale what is reported. `seconds` is how long it may take, about.
+    least: they only scale what is reported. `seconds` and `pause` are those of `timing.race`.
     """
 
     def run(
@@ -78,8 +78,10 @@ def race(record: Callable[[report.Row], None]) -> Callable[..., None]:
         flop: float = 0.0,
         moved: float = 0.0,
         seconds: float = 2.0,
+        pause: float = timing.PAUSE,
     ) -> None:
-        medians = {key: median / calls for key, median in timing.race(runs, seconds).items()}
+        found = timing.race(runs, seconds, pause)
+        medians = {key: median / calls for key, median in found.items()}
         record(report.Row(group, name, medians, "s", flop / calls, moved / calls))
 
     return run

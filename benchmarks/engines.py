@@ -78,7 +78,7 @@ def _onnxruntime(model: bytes, images: np.ndarray) -> Callable[[], np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = os.cpu_count() or 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {"images": images})[0]
 
 
@@ -96,7 +96,7 @@ def _openvino(model: bytes, images: np.ndarray) -> Callable[[], np.ndarray]:
     request = compiled.create_infer_request()
 
     def run() -> np.ndarray:
-        # A copy: the result lies in the request's own memory, the other contestants' is new.
-        return request.infer({"images": images}, share_inputs=True)[0].copy()
+        result = request.infer({"images": images}, share_inputs=True)[0]
+        return np.array(result)  # that one lies in the request's memory; the others' are new
 
     return run

@@ -65,15 +65,21 @@ def table(rows: list[Row], limits: dict[str, float]) -> list[list[str]]:
     cells = [["", OURS, *peers, *(["ratio"] if peers else []), *(["rate"] if rated else [])]]
     for row in rows:
         line = [row.name, quantity(row.ours, row.unit)]
-        line += [
-            quantity(row.medians[key], row.unit) if key in row.medians else "" for key in peers
-        ]
+        line += [peer_cell(row, key) for key in peers]
         if peers:
             line.append("" if row.ratio is None else f"{row.ratio:.2f}")
         if rated:
             line.append(rate(row, limits))
         cells.append(line)
     return cells
+
+
+def peer_cell(row: Row, peer: str) -> str:
+    """Return a peer's median, and how many times ours it is, or nothing if it was not there."""
+    if peer not in row.medians:
+        return ""
+    value = row.medians[peer]
+    return f"{quantity(value, row.unit)} ({value / row.ours:.2f})"
 
 
 def quantity(value: float, unit: str) -> str:
@@ -127,7 +133,7 @@ def text_tables(rows: list[Row]) -> str:
 
 
 def markdown_tables(rows: list[Row], groups: tuple[str, ...] | None = None) -> str:
-    """Return the groups (all if None) as Markdown tables; the best peer stands in bold."""
+    """Return the groups (all if None) as Markdown tables."""
     limits = measured_limits(rows)
     parts = []
     for group, members in by_group(rows).items():
