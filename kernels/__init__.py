@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
 
     from gradengine.kernels.geometry import Conv2dGeometry, Pool2dGeometry
@@ -209,6 +210,70 @@ def scale_shift(
     return module.scale_shift(x, scale, shift, residual, relu)
 
 
+def sgd(
+    values: Sequence[Array],
+    grads: Sequence[Array],
+    velocities: Sequence[Array],
+    fresh: Sequence[bool],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """Step all values, in place, along their velocities, which move by their gradients before.
+
+    Arrays of one place in the four sequences have one shape, all of them one device and dtype.
+    g = +-grad + weight_decay * value; velocity = g where fresh, else momentum * velocity +
+    (1 - dampening) * g; value -= lr * (g + momentum * velocity if nesterov else velocity). Without
+    momentum velocities and fresh are not read, and may be empty.
+    """
+    _check_rows("sgd", values, grads=grads, velocities=velocities)
+    _import_family(_place(values[0]), "optimizer").sgd(
+        *(values, grads, velocities, fresh),
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+    )
+
+
+def adam(
+    values: Sequence[Array],
+    grads: Sequence[Array],
+    averages: Sequence[Array],
+    squares: Sequence[Array],
+    steps: Sequence[int],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+) -> None:
+    """Step all values, in place, along their averages, over the roots of their squares.
+
+    Arrays of one place in the sequences have one shape, all of them one device and dtype; steps
+    count from 1. Both averages keep a share beta and take 1 - beta of g = +-grad + weight_decay *
+    value or of its square; decoupled, weight_decay shrinks the value by lr * weight_decay instead.
+    """
+    _check_rows("adam", values, grads=grads, averages=averages, squares=squares)
+    _import_family(_place(values[0]), "optimizer").adam(
+        *(values, grads, averages, squares, steps),
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        maximize=maximize,
+    )
+
+
 def erf(x: Array) -> Array:
     """Give the error function, 2 / sqrt(pi) * integral of exp(-t^2) from 0 to x, for any shape."""
     return _module("erf", "special", x=x).erf(x)
@@ -275,6 +340,14 @@ def _check_channels(name: str, x: Array, **vectors: Array | None) -> dict[str, A
     for key, vector in given.items():
         _check_shape(name, key, vector, (x.shape[1],))
     return given
+
+
+def _check_rows(name: str, values: Sequence[Array], **rows: Sequence[Array]) -> None:
+    """Check that each array of the rows has the shape of the value in its place."""
+    for key, row in rows.items():
+        for array, value in zip(row, values, strict=bool(row)):
+            if array.shape != value.shape:
+                _check_shape(name, key, array, value.shape)
 
 
 def _check_residual(name: str, x: Array, residual: Array | None, given: dict[str, Array]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gradengine import kernels
 from gradengine.devices import array_module
 from gradengine.optim.optimizer import Optimizer
 from gradengine.tensor import Tensor
@@ -45,34 +46,22 @@ class Adam(Optimizer):
                     f"got {name}={options[name]}"
                 )
 
-    def update(
-        self, values: Any, grad: Any, state: dict[str, Any], options: dict[str, Any]
+    def update_all(
+        self, updates: list[tuple[Any, Any, dict[str, Any]]], options: dict[str, Any]
     ) -> None:
-        xp = array_module(values)
-        if options["maximize"]:
-            grad = -grad
-        if options["weight_decay"] and self.decoupled:
-            values *= 1 - options["lr"] * options["weight_decay"]
-        elif options["weight_decay"]:
-            grad = grad + options["weight_decay"] * values
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = Tensor(xp.zeros_like(values))
-            state["exp_avg_sq"] = Tensor(xp.zeros_like(values))
-        state["step"] += 1
-        corrections = []
-        for name, term, beta in zip(
-            ("exp_avg", "exp_avg_sq"), (grad, grad * grad), options["betas"], strict=True
-        ):
-            average = state[name].array
-            average *= beta
-            average += (1 - beta) * term
-            corrections.append(1 - beta ** state["step"])
-        first, second = corrections  # both averages start at 0, too low by these factors
-        root = xp.sqrt(state["exp_avg_sq"].array)
-        root /= second**0.5
-        root += options["eps"]
-        values -= (options["lr"] / first) * (state["exp_avg"].array / root)
+        values, grads, states = zip(*updates, strict=True)
+        for array, state in zip(values, states, strict=True):
+            if not state:
+                state["step"] = 0
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = Tensor(array_module(array).zeros_like(array))
+            state["step"] += 1
+        averages, squares = (
+            [state[name].array for state in states] for name in ("exp_avg", "exp_avg_sq")
+        )
+        steps = [state["step"] for state in states]
+        numbers = {name: options[name] for name in self.defaults}
+        kernels.adam(values, grads, averages, squares, steps, decoupled=self.decoupled, **numbers)
 
 
 class AdamW(Adam):

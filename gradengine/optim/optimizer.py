@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from gradengine.devices import device_of
 from gradengine.factories import empty_like
 from gradengine.grad_mode import enable_grad
 from gradengine.tensor import Tensor
@@ -38,13 +39,21 @@ class Optimizer:
         """Raise ValueError if the options of a group do not make sense."""
         raise NotImplementedError
 
+    def update_all(
+        self, updates: list[tuple[Any, Any, dict[str, Any]]], options: dict[str, Any]
+    ) -> None:
+        """Update the arrays of parameters of one group, in place: (values, gradient, state) of each.
+
+        All values are on one device and of one dtype. `state` holds what is kept for a parameter
+        between steps: tensors of its shape, and "step", a number.
+        """
+        for values, grad, state in updates:
+            self.update(values, grad, state, options)
+
     def update(
         self, values: Any, grad: Any, state: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        """Update the array `values` of a parameter, in place, along the array of its gradient.
-
-        `state` holds what is kept for it between steps: tensors of its shape, and "step", a number.
-        """
+        """Update one parameter's array: what to write where nothing is gained by `update_all`."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -94,11 +103,16 @@ class Optimizer:
             with enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    grad = parameter.grad.array
-                    self.update(parameter.array, grad, self.state[parameter], group)
-                    parameter.written()
+            updated = [p for p in group["params"] if p.grad is not None]
+            updates: defaultdict[Any, list[Any]] = defaultdict(list)
+            for parameter in updated:
+                array = parameter.array
+                update = array, parameter.grad.array, self.state[parameter]
+                updates[device_of(array), array.dtype].append(update)
+            for alike in updates.values():
+                self.update_all(alike, group)
+            for parameter in updated:
+                parameter.written()
         self.step_count += 1
         return loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gradengine import kernels
 from gradengine.devices import array_module
 from gradengine.optim.optimizer import Optimizer
 from gradengine.tensor import Tensor
@@ -54,30 +55,16 @@ class SGD(Optimizer):
                 f"got {momentum=}, {dampening=}"
             )
 
-    def update(
-        self, values: Any, grad: Any, state: dict[str, Any], options: dict[str, Any]
+    def update_all(
+        self, updates: list[tuple[Any, Any, dict[str, Any]]], options: dict[str, Any]
     ) -> None:
-        if options["maximize"]:
-            grad = -grad
-        if options["weight_decay"]:
-            grad = grad + options["weight_decay"] * values
-        momentum = options["momentum"]
-        if momentum:
-            velocity = _velocity(values, grad, state, momentum, options["dampening"])
-            grad = grad + momentum * velocity if options["nesterov"] else velocity
-        values -= options["lr"] * grad
-
-
-def _velocity(
-    values: Any, grad: Any, state: dict[str, Any], momentum: float, dampening: float
-) -> Any:
-    """Move the velocity that is kept between steps by one step, and return its array."""
-    if "momentum_buffer" not in state:
-        velocity = array_module(values).empty_like(values)
-        velocity[...] = grad
-        state["momentum_buffer"] = Tensor(velocity)
-        return velocity
-    velocity = state["momentum_buffer"].array
-    velocity *= momentum
-    velocity += (1 - dampening) * grad if dampening else grad
-    return velocity
+        values, grads, states = zip(*updates, strict=True)
+        fresh, velocities = [], []
+        if options["momentum"]:
+            fresh = ["momentum_buffer" not in state for state in states]
+            for array, state, starts in zip(values, states, fresh, strict=True):
+                if starts:
+                    state["momentum_buffer"] = Tensor(array_module(array).empty_like(array))
+            velocities = [state["momentum_buffer"].array for state in states]
+        numbers = {name: options[name] for name in self.defaults}
+        kernels.sgd(values, grads, velocities, fresh, **numbers)

@@ -291,3 +291,38 @@ def test_state_survives_a_file(tmp_path):
 def test_nesterov_stands_where_pytorch_has_it():
     optimizer = optim.SGD([nn.Parameter(ge.ones(2))], 0.1, 0.9, 0, 0, True)
     assert optimizer.param_groups[0]["nesterov"] is True
+
+
+# ---- all at once ---------------------------------------------------------------------------------
+
+
+@each_optimizer
+def test_parameters_of_several_dtypes_share_a_group(kind):
+    values = [np.ones(3, np.float32), np.ones((2, 2)), np.ones(1, np.float32)]
+    parameters = [nn.Parameter(ge.tensor(value)) for value in values]
+    together = kind(parameters, lr=0.5)
+    alone = [nn.Parameter(ge.tensor(value)) for value in values]
+    for one, other in zip(parameters, alone, strict=True):
+        one.grad = ge.full_like(one, 0.25)
+        other.grad = ge.full_like(other, 0.25)
+        kind([other], lr=0.5).step()
+    together.step()
+    for one, other in zip(parameters, alone, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one.detach().numpy(), other.detach().numpy())
+
+
+def test_a_subclass_may_say_how_one_parameter_moves():
+    class Sign(optim.Optimizer):
+        def check_options(self, options):
+            pass
+
+        def update(self, values, grad, state, options):
+            values -= options["lr"] * np.sign(grad)
+            state["step"] = state.get("step", 0) + 1
+
+    p = parameter(1.0, 2.0, grad=[5.0, -5.0])
+    optimizer = Sign([p], {"lr": 0.5})
+    optimizer.step()
+    assert p.tolist() == [0.5, 2.5]
+    assert optimizer.state[p] == {"step": 1}
