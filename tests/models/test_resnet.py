@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_training_needs_more_than_one_value_per_channel(model):
 
 def test_the_training_graph_is_small(model):
     loss = F.cross_entropy(model(ge.randn(2, 3, 64, 64)), ge.tensor([1, 2]))
-    assert len(nodes(loss)) <= 134
+    assert len(nodes(loss)) <= 109  # PyTorch's has 134: a batch norm, a sum and a ReLU are one here
 
 
 def test_one_batch_overfits():
@@ -118,6 +119,84 @@ def test_one_batch_overfits():
     assert losses[-1] < 0.05
     with ge.no_grad():
         assert model(images).argmax(1).tolist() == labels.tolist()
+
+
+# ---- one step for each convolution ---------------------------------------------------------------
+
+MODELS = {"resnet18": (20, 17, 8), "resnet50": (53, 49, 16)}  # convolutions, ReLUs, residuals
+
+
+def note_calls(monkeypatch, name):
+    """Note the arguments of each call of a kernel, by name."""
+    calls = []
+    kernel = getattr(kernels, name)
+
+    def noted(*args, **options):
+        bound = inspect.signature(kernel).bind(*args, **options)
+        bound.apply_defaults()
+        calls.append(bound.arguments)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(kernels, name, noted)
+    return calls
+
+
+@pytest.mark.parametrize("depth", MODELS)
+def test_without_gradients_convolutions_do_all_of_a_block(monkeypatch, depth):
+    model = getattr(models, depth)(num_classes=4).eval()
+    convolutions = note_calls(monkeypatch, "conv2d")
+    others = note_calls(monkeypatch, "scale_shift"), note_calls(monkeypatch, "batch_norm_act")
+    with ge.no_grad():
+        model(ge.randn(1, 3, 32, 32))
+    relus = sum(given["relu"] for given in convolutions)
+    residuals = sum(given["residual"] is not None for given in convolutions)
+    assert (len(convolutions), relus, residuals) == MODELS[depth]
+    assert others == ([], [])
+
+
+def test_in_training_statistics_come_from_the_convolutions(model, monkeypatch):
+    convolutions = note_calls(monkeypatch, "conv2d_moments")
+    norms = note_calls(monkeypatch, "batch_norm_act")
+    model(ge.randn(2, 3, 32, 32))
+    assert len(convolutions) == len(norms) == 20
+    assert sum(given["relu"] for given in norms) == 17
+    assert sum(given["residual"] is not None for given in norms) == 8
+    assert all(given["moments"] is not None for given in norms)
+
+
+@pytest.mark.parametrize("block", [models.resnet.BasicBlock, models.resnet.Bottleneck])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_is_its_layers_one_after_the_other(block, training):
+    ge.manual_seed(0)
+    downsample = nn.Sequential(
+        nn.Conv2d(6, 4 * block.expansion, 1, stride=2), nn.BatchNorm2d(4 * block.expansion)
+    )
+    layer = block(6, 4, 2, downsample).double().train(training)
+    x = ge.randn(3, 6, 8, 8, dtype="float64")
+    out = layer.bn1(layer.conv1(x)).relu()
+    out = layer.bn2(layer.conv2(out))
+    if block is models.resnet.Bottleneck:
+        out = layer.bn3(layer.conv3(out.relu()))
+    expected = (out + downsample[1](downsample[0](x))).relu()
+    for recorded in (True, False):
+        with ge.set_grad_enabled(recorded):
+            found = layer(x)
+        np.testing.assert_allclose(
+            found.detach().array, expected.detach().array, rtol=1e-11, atol=1e-11
+        )
+
+
+def test_a_blocks_activation_may_be_replaced_or_hooked(model):
+    block = model.layer1[0].eval()
+    calls = []
+    x = ge.randn(1, 64, 8, 8)
+    with ge.no_grad():
+        expected = block(x)
+        block.relu.register_forward_hook(lambda module, args, output: calls.append(output))
+        np.testing.assert_allclose(block(x).array, expected.array, rtol=1e-5, atol=1e-5)
+        assert len(calls) == 2
+        block.relu = nn.Tanh()
+        assert abs(block(x).array).max() <= 1
 
 
 # ---- a frozen backbone ---------------------------------------------------------------------------
