@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 from numba import njit
 
-from gradengine.kernels.cpu.threads import LAUNCH_LOCK, start_threads
+from gradengine.kernels.cpu.code_cache import keep_code
+from gradengine.kernels.cpu.threads import LAUNCH_LOCK, prepare_launch, start_threads
 from gradengine.kernels.layout import Array, to_nhwc
 
 if TYPE_CHECKING:
@@ -19,17 +20,30 @@ start_threads()
 def parallel_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function for all cores on its first call; one launch runs at a time.
 
-    The compiled code is kept on disk. That cache sees a change in the function's own file only: a
-    kernel must not call compiled functions of other modules.
+    The compiled code is kept on disk (see `code_cache`). A forked process runs the function on one
+    core, with the same result. What the function calls is a `kernel_part`.
     """
-    compiled = njit(parallel=True, nogil=True, cache=True)(function)
+    compiled = njit(parallel=True, nogil=True)(function)
+    keep_code(compiled, function)
+
+    @cache
+    def serial() -> Any:
+        alone = njit(nogil=True)(function)
+        keep_code(alone, function, variant="serial")
+        return alone
 
     @wraps(function)
     def launch(*arguments: Any) -> Any:
         with LAUNCH_LOCK:
-            return compiled(*arguments)
+            run = compiled if prepare_launch() else serial()
+            return run(*arguments)
 
     return launch
+
+
+def kernel_part(function: Callable[..., Any]) -> Any:
+    """Compile a function that kernels of any module may call; it is kept on disk with them."""
+    return njit(nogil=True)(function)
 
 
 def kernel_input(x: Array) -> Array:
