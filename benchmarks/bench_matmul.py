@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,17 +35,28 @@ def _matrix(rows: int, columns: int, kind: str) -> np.ndarray:
     return random.random((rows, columns), dtype=np.float32)
 
 
-@pytest.mark.parametrize("case", SQUARE + OTHERS, ids=str)
-def test_matmul(race: Any, torch: Any, case: tuple[int, int, int, str]) -> None:
-    rows, inner, columns, kind = case
-    a, b = _matrix(rows, inner, kind[0]), _matrix(inner, columns, kind[1])
+def _products(torch: Any, a: np.ndarray, b: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Return a @ b by each library that is installed, without a copy of a or b."""
     x, y = ge.from_numpy(a), ge.from_numpy(b)
-    runs = {"gradengine": lambda: x @ y, "NumPy": lambda: a @ b}
+    runs: dict[str, Callable[[], Any]] = {"gradengine": lambda: x @ y, "NumPy": lambda: a @ b}
     if torch:
         u, v = torch.from_numpy(a), torch.from_numpy(b)
         runs["PyTorch"] = lambda: u @ v
+    return runs
+
+
+@pytest.mark.parametrize("case", SQUARE + OTHERS, ids=str)
+def test_matmul(race: Any, torch: Any, case: tuple[int, int, int, str]) -> None:
+    rows, inner, columns, kind = case
+    runs = _products(torch, _matrix(rows, inner, kind[0]), _matrix(inner, columns, kind[1]))
     name = f"{rows} x {inner} by {inner} x {columns}, {kind}"
     race(GROUP, name, runs, flop=2 * rows * inner * columns, seconds=1.5)
+
+
+def test_batched_matmul(race: Any, torch: Any) -> None:
+    a, b = np.random.default_rng(0).random((2, 64, 128, 128), dtype=np.float32)
+    runs = _products(torch, a, b.transpose(0, 2, 1))
+    race(GROUP, "64 times 128 x 128 by 128 x 128, NT", runs, flop=2 * 64 * 128**3)
 
 
 def test_matmul_and_gradients(race: Any, torch: Any) -> None:

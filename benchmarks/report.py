@@ -1,7 +1,7 @@
 """From the rows of a run to tables, a plot and the table in README.md.
 
 python -m benchmarks.report                    # draw and tabulate the newest results again
-python -m benchmarks.report results/NAME.json  # those of a file
+python -m benchmarks.report FILE.json  # those of a file
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
@@ -23,7 +24,7 @@ README = Path(__file__).parents[1] / "README.md"
 MARKS = ("<!-- benchmarks: made by python -m benchmarks.report -->", "<!-- end of benchmarks -->")
 OURS = "gradengine"
 LIMITS, PEAK, COPY = "This machine", "float32 multiply-adds", "copy"
-IN_README = ("ResNet-18", "A fresh process", "Products of float32 matrices")
+IN_README = ("ResNet-18", "A fresh process")
 SECONDS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
 PACKAGES = ("gradengine", "numpy", "numba", "torch", "onnxruntime", "openvino")
 
@@ -108,10 +109,11 @@ def measured_limits(rows: list[Row]) -> dict[str, float]:
 
 
 def by_group(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each group, those of README.md first."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
-    return groups
+    return dict(sorted(groups.items(), key=lambda item: item[0] not in IN_README))
 
 
 def text_tables(rows: list[Row]) -> str:
@@ -226,7 +228,7 @@ def with_table(text: str, about: dict[str, Any], rows: list[Row], path: Path) ->
         markdown_tables(rows, IN_README),
         f"[All rows]({place}.md)",
         "",
-        f"![how many times as long as gradengine the fastest float32 peer takes]({place}.svg)",
+        f"![how many times as long as gradengine the best float32 peer takes]({place}.svg)",
         end,
     ]
     return pattern.sub(lambda _: "\n".join(lines), text)
@@ -248,21 +250,27 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
             height += 1
             ratio = row.ratio or 1.0
             axes.barh(height, ratio - 1, left=1, color=f"C{number}", height=0.75)
-            axes.text(ratio, height, f" {ratio:.2f}", va="center", fontsize=7)
+            side = "left" if ratio >= 1 else "right"
+            axes.text(ratio, height, f" {ratio:.2f} ", va="center", ha=side, fontsize=7)
             heights.append(height)
             labels.append(f"{row.name}  ({(row.best_peer or ('',))[0]})")
         height += 2
-    axes.set(yticks=heights, xscale="log", xlabel="the fastest float32 peer's time / gradengine's")
-    axes.set_yticklabels(labels, fontsize=7)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(xscale="log", ylim=(height - 1, -1))
+    axes.set_yticks(heights, labels, fontsize=7)
+    about = ["the best float32 peer's time (or memory) / gradengine's", *textwrap.wrap(title, 100)]
+    axes.set_xlabel("\n".join(about), fontsize=7)
+    low, high = (pick([1.0, *(row.ratio or 1.0 for row in compared)]) for pick in (min, max))
+    marks = [mark for mark in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20) if low / 2 < mark < high * 2]
+    axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+    axes.set_xticks([], minor=True)
+    axes.grid(axis="x", linewidth=0.3)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_title(title, fontsize=6, wrap=True)
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    chosen = (
-        Path(sys.argv[1]) if len(sys.argv) > 1 else max(FOLDER.glob("*.json"), key=os.path.getmtime)
-    )
+    newest = max(FOLDER.glob("*.json"), key=os.path.getmtime, default=None)
+    chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else newest
+    if chosen is None:
+        sys.exit(f"no results in {FOLDER}: run python -m pytest benchmarks --report")
     publish(chosen)
