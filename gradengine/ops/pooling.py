@@ -15,6 +15,9 @@ from gradengine.ops.reduction import mean
 from gradengine.ops.shape import squeeze, unsqueeze
 from gradengine.tape import Variable
 
+# Those of the CPU's pools.
+KERNEL_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
 # ---- largest -------------------------------------------------------------------------------------
 
 
@@ -113,6 +116,24 @@ def avg_pool2d(
     return _avg_pool2d(x, geometry=geometry)
 
 
+# What PyTorch calls it: there this pool is a mean.
+@operation(label="MeanBackward1")
+def _whole_avg_pool2d(x, *, geometry):
+    return kernels.avg_pool2d(x, geometry)
+
+
+_whole_avg_pool2d.pullbacks(x=lambda grad, geometry: _avg_pool2d_grad(grad, geometry=geometry))
+
+
+def _whole_mean(x: Any) -> Any:
+    """Return the mean of each plane of x (N, C, H, W), as (N, C, 1, 1)."""
+    array = array_of(x)
+    if type(array) is not np.ndarray or array.dtype not in KERNEL_DTYPES or not array.size:
+        return mean(x, dim=(2, 3), keepdim=True)
+    geometry = pool2d_geometry("adaptive_avg_pool2d", x.shape, x.shape[2:])
+    return _whole_avg_pool2d(x, geometry=geometry)
+
+
 def adaptive_avg_pool2d(x: Any, output_size: int | Sequence[int | None]) -> Any:
     """Return averages of x (N, C, H, W) or (C, H, W) over windows that give `output_size`.
 
@@ -130,7 +151,7 @@ def adaptive_avg_pool2d(x: Any, output_size: int | Sequence[int | None]) -> Any:
             f"output_size={output_size}"
         )
     if pair == (1, 1):
-        return mean(x, dim=(2, 3), keepdim=True)
+        return _whole_mean(x)
     rows, columns = (
         _adaptive_taps(size, size if out is None else out)
         for size, out in zip(x.shape[2:], pair, strict=True)

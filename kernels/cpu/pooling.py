@@ -23,7 +23,7 @@ def max_pool2d(x: Array, geometry: Pool2dGeometry) -> tuple[Array, Array]:
 
 
 def max_pool2d_scatter(grad: Array, indices: Array, geometry: Pool2dGeometry) -> Array:
-    grad_input = np.zeros(_nhwc(geometry.input_shape), grad.dtype)
+    grad_input = np.empty(_nhwc(geometry.input_shape), grad.dtype)
     tables = covering_windows(geometry)
     _max_pool2d_scatter(kernel_input(grad), kernel_input(indices), *tables, grad_input)
     return from_nhwc(grad_input)
@@ -46,9 +46,9 @@ def avg_pool2d(x: Array, geometry: Pool2dGeometry) -> Array:
 
 
 def avg_pool2d_grad(grad: Array, geometry: Pool2dGeometry) -> Array:
-    grad_input = np.zeros(_nhwc(geometry.input_shape), grad.dtype)
-    shares = kernel_input(grad) / window_divisors(geometry).astype(grad.dtype)[..., None]
-    _avg_pool2d_grad(shares, *covering_windows(geometry), grad_input)
+    grad_input = np.empty(_nhwc(geometry.input_shape), grad.dtype)
+    divisors = window_divisors(geometry).astype(grad.dtype)
+    _avg_pool2d_grad(kernel_input(grad), *covering_windows(geometry), divisors, grad_input)
     return from_nhwc(grad_input)
 
 
@@ -97,6 +97,8 @@ def _max_pool2d_scatter(grad, indices, covering_rows, covering_columns, grad_inp
         for column in range(width):
             target = grad_input[image, input_row, column]
             position = np.int32(input_row * width + column)
+            for channel in range(channels):
+                target[channel] = 0
             for r in range(covering_rows.shape[1]):
                 out_row = covering_rows[input_row, r]
                 if out_row < 0:
@@ -133,23 +135,26 @@ def _avg_pool2d(x, row_taps, column_taps, divisors, out):
                             total[channel] += source[channel]
             target = out[image, out_row, out_column]
             for channel in range(channels):
-                target[channel] = total[channel] / divisors[out_row, out_column]
+                target[channel] = np.divide(total[channel], divisors[out_row, out_column])
 
 
 @parallel_kernel
-def _avg_pool2d_grad(shares, covering_rows, covering_columns, grad_input):
-    """shares (N, P, Q, C), covering_rows (H, R), covering_columns (W, S)."""
+def _avg_pool2d_grad(grad, covering_rows, covering_columns, divisors, grad_input):
+    """grad (N, P, Q, C), covering_rows (H, R), covering_columns (W, S), divisors (P, Q)."""
     batch, height, width, channels = grad_input.shape
     for row in prange(batch * height):
         image = row // height
         input_row = row % height
         for column in range(width):
             target = grad_input[image, input_row, column]
+            for channel in range(channels):
+                target[channel] = 0
             for r in range(covering_rows.shape[1]):
                 out_row = covering_rows[input_row, r]
                 for s in range(covering_columns.shape[1]):
                     out_column = covering_columns[column, s]
                     if out_row >= 0 and out_column >= 0:
-                        source = shares[image, out_row, out_column]
-                        for channel in range(channels):
-                            target[channel] += source[channel]
+                        source = grad[image, out_row, out_column]
+                        divisor = divisors[out_row, out_column]
+                        for channel in range(channels):  # np.divide: `/` would look for 0
+                            target[channel] += np.divide(source[channel], divisor)

@@ -78,3 +78,18 @@ def test_shapes_are_checked(function):
 def test_adaptive_pool_checks_its_arguments(shape, size):
     with pytest.raises(ValueError, match=r"adaptive_avg_pool2d: .*got x\.shape=.*output_size="):
         adaptive_avg_pool2d(tensor(*shape), size)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(2, 3, 6, 7), (1, 5, 1, 1), (3, 70, 2, 9)])
+def test_one_average_of_each_plane_is_its_mean(shape, dtype):
+    x = tensor(*shape).detach().to(dtype).requires_grad_()
+    out = adaptive_avg_pool2d(x, 1)
+    assert (out.dtype, out.grad_fn.name()) == (dtype, "MeanBackward1")
+    expected = x.detach().numpy().astype(np.float64).mean((2, 3), keepdims=True)
+    np.testing.assert_allclose(out.detach().numpy(), expected, atol=2 * np.finfo(dtype).eps)
+    grad = tensor(*shape[:2], 1, 1).detach().to(dtype)
+    out.backward(grad)
+    share, eps = grad.numpy() / dtype(shape[2] * shape[3]), np.finfo(dtype).eps
+    np.testing.assert_allclose(x.grad.numpy(), np.broadcast_to(share, shape), rtol=2 * eps)
+    assert tuple(adaptive_avg_pool2d(tensor(0, 3, 4, 4), 1).shape) == (0, 3, 1, 1)
