@@ -55,6 +55,7 @@ from gradengine.factories import (
     zeros_like,
 )
 from gradengine.functional import *
+from gradengine.kernels.cpu.threads import get_num_threads, set_num_threads
 from gradengine.ops.random import manual_seed, set_rng_state
 from gradengine.tensor import Parameter, Tensor, is_tensor
 

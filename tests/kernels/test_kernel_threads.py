@@ -1,6 +1,7 @@
-"""What a process with threads may do: launch at once, use any number of them, import late."""
+"""What a process with threads may do: launch at once, use any number, fork, import late."""
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gradengine
 from gradengine import kernels
 from gradengine.kernels.cpu.workspace import workspace
 from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
@@ -47,13 +49,52 @@ def digest():
 
 
 def compare_thread_counts():
-    from numba.np.ufunc import set_num_threads, threading_layer
+    from numba.np.ufunc import get_num_threads, threading_layer
 
-    digests = set()
-    for count in (1, 2):
-        set_num_threads(count)
+    digests, running = set(), []
+
+    def launch():
         digests.add(digest())
-    print(threading_layer(), len(digests))
+        running.append(get_num_threads())
+
+    launch()
+    for count in (1, 2):
+        gradengine.set_num_threads(count)
+        assert gradengine.get_num_threads() == count
+        other = threading.Thread(target=launch)
+        other.start()
+        other.join()
+        launch()
+    print(threading_layer(), len(digests), *running)
+
+
+def launch_after_fork():
+    from numba.np.ufunc import threading_layer
+
+    expected = digest()
+    stop = threading.Event()
+
+    def repeat():
+        while not stop.is_set():
+            digest()
+
+    beside = threading.Thread(target=repeat)
+    beside.start()  # the lock is usually taken when the process forks
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if digest() == expected else 1)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status))
+    stop.set()
+    beside.join()
+    print(threading_layer(), digest() == expected)
+
+
+def launch_in_a_worker():
+    expected = digest()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        print(pool.apply(digest) == expected)
 
 
 def launch_from_two_threads():
@@ -86,17 +127,31 @@ def run_alone(code, **environment):
     return result
 
 
-def run_here(function):
-    """Run a function of this file under the layer that cannot stand two launches at once."""
+def run_here(function, layer="workqueue"):
+    """Run a function of this file, by default under the layer that cannot stand two launches."""
     result = run_alone(
         f"from {__name__} import {function.__name__} as run; run()",
-        NUMBA_THREADING_LAYER="workqueue",
+        NUMBA_THREADING_LAYER=layer,
     )
     return result.stdout.split()
 
 
 def test_any_number_of_threads_gives_equal_bits():
-    assert run_here(compare_thread_counts) == ["workqueue", "1"]
+    assert run_here(compare_thread_counts) == ["workqueue", "1", "2", "1", "1", "2", "2"]
+
+
+@pytest.mark.parametrize("n", [0, -1, 3])
+def test_the_number_of_threads_is_checked(n):
+    code = f"import gradengine; gradengine.set_num_threads({n})"
+    with pytest.raises(AssertionError, match=rf"set_num_threads: .*1 <= n <= 2.*; got n={n}"):
+        run_alone(code)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_a_forked_process_runs_kernels(layer):
+    assert run_here(launch_after_fork, layer) == ["0", "0", "0", layer, "True"]
+    assert run_here(launch_in_a_worker, layer) == ["True"]
 
 
 def test_two_python_threads_may_launch_at_once():

@@ -1,0 +1,212 @@
+"""Compiled kernels on disk: used where they fit, harmless where they do not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOTICE = "gradengine: compiling CPU kernels"
+
+# Prints the erf of 0.5 and the names of the functions that were compiled for it.
+RUN = """
+import numpy, gradengine.kernels as kernels
+from gradengine.kernels.cpu import code_cache
+names = []
+if {told}:
+    code_cache.on_compiled = lambda name, seconds: names.append(name)
+print(kernels.erf(numpy.full(3, 0.5))[0].round(4), *names)
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Give a copy of the kernels whose sources a test may change."""
+    package = tmp_path / "copy" / "gradengine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=lambda *_: ["__pycache__"])
+    return package
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache" / "gradengine"
+
+
+def start(cache, root=ROOT, told=True, first="", **environment):
+    settings = {**os.environ, "NUMBA_CACHE_DIR": str(cache.parent), **environment}
+    settings["PYTHONDONTWRITEBYTECODE"] = "1"  # a changed source may have the same size and time
+    command = [sys.executable, "-W", "error", "-c", first + RUN.format(told=told)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=root, env=settings, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process):
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return out.split(), errors
+
+
+def run(cache, root=ROOT, **environment):
+    """Take an erf in a process of its own; give the result, then the names of what it compiled."""
+    out, errors = finish(start(cache, root, **environment))
+    assert errors == ""
+    return out
+
+
+def entries(cache):
+    return sorted(path for path in cache.iterdir() if path.suffix == ".kernel")
+
+
+def test_a_second_process_compiles_nothing(cache):
+    assert run(cache) == ["0.5205", "special._erf"]
+    assert run(cache) == ["0.5205"]
+    assert len(entries(cache)) == 1
+    assert len(list(cache.parent.iterdir())) == 1  # nothing in Numba's own way
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_first_compilation_is_announced_in_one_line(cache):
+    _, errors = finish(start(cache, told=False))
+    assert errors.startswith(NOTICE)
+    assert "python -m gradengine compile" in errors
+    assert errors.count("\n") == 1
+    assert finish(start(cache, told=False)) == (["0.5205"], "")
+
+
+def test_a_changed_source_is_compiled_again(cache, copy):
+    assert run(cache, copy.parent) == ["0.5205", "special._erf"]
+    source = copy / "kernels" / "cpu" / "special.py"
+    source.write_text(source.read_text().replace("math.erf(x[i])", "math.sin(x[i])"))
+    assert run(cache, copy.parent) == ["0.4794", "special._erf"]
+    assert run(cache) == ["0.5205"]  # both are kept
+
+
+def test_a_change_in_an_imported_module_is_seen(cache, copy):
+    folder = copy / "kernels" / "cpu"
+    part = folder / "part.py"
+    part.write_text(
+        "from gradengine.kernels.cpu.launch import kernel_part\n"
+        "@kernel_part\ndef part(x):\n    return x + 1\n"
+    )
+    source = folder / "special.py"
+    text = source.read_text().replace("math.erf(x[i])", "part(x[i])")
+    source.write_text(
+        text.replace("import math", "import math\nfrom gradengine.kernels.cpu.part import part")
+    )
+    assert run(cache, copy.parent) == ["1.5", "special._erf"]
+    assert run(cache, copy.parent) == ["1.5"]
+    part.write_text(part.read_text().replace("x + 1", "x + 2"))
+    assert run(cache, copy.parent) == ["2.5", "special._erf"]
+
+
+def test_a_constant_that_the_machine_gives_is_part_of_the_name(cache, copy):
+    part = copy / "kernels" / "cpu" / "part.py"
+    part.write_text(
+        "import os\nfrom gradengine.kernels.cpu.launch import kernel_part\n"
+        "FACTOR = int(os.environ['FACTOR'])\n"
+        "def closed(added):\n"
+        "    @kernel_part\n    def part(x):\n        return x * FACTOR + added\n    return part\n"
+        "part = closed(int(os.environ['ADDED']))\n"
+    )
+    source = part.with_name("special.py")
+    text = source.read_text().replace("math.erf(x[i])", "part(x[i])")
+    source.write_text(
+        text.replace("import math", "import math\nfrom gradengine.kernels.cpu.part import part")
+    )
+    assert run(cache, copy.parent, FACTOR="2", ADDED="0") == ["1.0", "special._erf"]
+    assert run(cache, copy.parent, FACTOR="2", ADDED="0") == ["1.0"]
+    assert run(cache, copy.parent, FACTOR="3", ADDED="0") == ["1.5", "special._erf"]
+    assert run(cache, copy.parent, FACTOR="2", ADDED="1") == ["2.0", "special._erf"]
+
+
+def test_another_processor_has_entries_of_its_own(cache):
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert run(cache) == ["0.5205", "special._erf"]
+    assert run(cache, **generic) == ["0.5205", "special._erf"]
+    assert run(cache) == run(cache, **generic) == ["0.5205"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "changed", "foreign"])
+def test_a_damaged_file_is_replaced(damage, cache):
+    run(cache)
+    (path,) = entries(cache)
+    whole = path.read_bytes()
+    content = {
+        "empty": b"",
+        "short": whole[: len(whole) // 2],
+        "changed": whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:],
+        "foreign": b"not compiled code " * 100,
+    }[damage]
+    path.write_bytes(content)
+    assert run(cache) == ["0.5205", "special._erf"]
+    assert run(cache) == ["0.5205"]
+
+
+def test_two_processes_may_compile_at_once(cache):
+    processes = [start(cache) for _ in range(2)]
+    assert [finish(process)[0][0] for process in processes] == ["0.5205"] * 2
+    assert run(cache) == ["0.5205"]
+    assert len(entries(cache)) == len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        ("a file", "File exists"),
+        ("others", "can be written by other users"),
+        ("home", "/dev/null"),
+    ],
+)
+def test_kernels_run_where_none_can_be_kept(obstacle, reason, cache, monkeypatch):
+    environment = {}
+    cache.parent.mkdir()
+    if obstacle == "a file":
+        cache.write_text("in the way")
+    elif obstacle == "others":
+        cache.mkdir()
+        cache.chmod(0o777)
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        environment = {"NUMBA_CACHE_DIR": "", "HOME": "/dev/null"}
+    for _ in range(2):
+        out, errors = finish(start(cache, told=False, **environment))
+        assert out == ["0.5205"]
+        assert errors.startswith(NOTICE)
+        assert errors.count("\n") == 1
+        assert "at every start" in errors
+        assert reason in errors
+
+
+def test_a_full_disk_costs_no_more_than_a_compilation(cache):
+    pytest.importorskip("resource")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    process = start(cache, first=limit)  # no file of more than 1000 bytes: like the space left
+    assert finish(process) == (["0.5205", "special._erf"], "")
+    assert list(cache.iterdir()) == []
+
+
+def test_old_entries_go_when_new_ones_are_written(cache):
+    run(cache)
+    (path,) = entries(cache)
+    function = path.name.rpartition("-")[0]
+    now = path.stat().st_mtime
+    days = {f"{function}-{age}.kernel": age for age in range(1, 9)}
+    days |= {"gone.kernel-0-0.kernel": 100, "kept.kernel-0-0.kernel": 80}
+    days |= {"old.partial": 1, "new.partial": 0, "another file": 1000}
+    for name, age in days.items():
+        (cache / name).touch()
+        os.utime(cache / name, (now - age * 86400,) * 2)
+    path.unlink()
+    run(cache)
+    assert {path.name for path in cache.iterdir()} == {
+        path.name,
+        *(f"{function}-{age}.kernel" for age in (1, 2, 3)),
+        "kept.kernel-0-0.kernel",
+        "new.partial",
+        "another file",
+    }
