@@ -1,4 +1,4 @@
-"""The command line: ``python -m gradengine doctor``."""
+"""The command line: ``python -m gradengine doctor`` and ``python -m gradengine compile``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help="say what gradengine finds on this machine and what is missing"
     )
-    parser.parse_args(arguments)
-    print(report())
+    commands.add_parser(
+        "compile", help="compile the CPU kernels now rather than when they are first used"
+    )
+    if parser.parse_args(arguments).command == "doctor":
+        print(report())
+    else:
+        from gradengine.precompile import compile_kernels  # imports Numba
+
+        compile_kernels()
     return 0
 
 

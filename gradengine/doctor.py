@@ -21,6 +21,7 @@ from gradengine.devices import (
     device_count,
     import_cupy,
 )
+from gradengine.kernels.cpu.cache_folder import cache_folder
 from gradengine.weights.download import weights_folder
 
 OPTIONAL_PACKAGES = ("pillow", "tqdm", "matplotlib", "scikit-learn", "safetensors", "scipy")
@@ -37,7 +38,7 @@ def report() -> str:
         ("cuda", _cuda),
         ("default device", _default_device),
         *((name, lambda name=name: _optional_package(name)) for name in OPTIONAL_PACKAGES),
-        ("numba cache", lambda: _folder(_numba_cache())),
+        ("cpu kernel cache", lambda: _folder(cache_folder())),
         ("cupy kernel cache", lambda: _folder(_cupy_cache())),
         ("weights cache", lambda: _folder(weights_folder())),
     ]
@@ -127,11 +128,6 @@ def _optional_package(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return f"missing: pip install {name}"
-
-
-def _numba_cache() -> Path:
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    return Path(chosen) if chosen else Path(__file__).parent / "kernels" / "cpu" / "__pycache__"
 
 
 def _cupy_cache() -> Path:

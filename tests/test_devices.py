@@ -459,7 +459,7 @@ class TestDoctor:
         assert result.returncode == 0, result.stderr
         found = dict(line.split(":", maxsplit=1) for line in result.stdout.splitlines())
         expected = {"python", "gradengine", "numpy", "numba", "cupy", "cuda", "default device"}
-        assert expected | {"pillow", "scipy", "numba cache", "weights cache"} <= found.keys()
+        assert expected | {"pillow", "scipy", "cpu kernel cache", "weights cache"} <= found.keys()
         assert [name for name, text in found.items() if text.strip().startswith("failed:")] == []
         assert np.__version__ in found["numpy"]
         assert "threading layer" in found["numba"]

@@ -37,6 +37,7 @@ LAYERS = {
     "gradengine.examples": 7,
     "gradengine.__main__": 7,
     "gradengine.doctor": 7,
+    "gradengine.precompile": 7,
 }
 
 # Who alone may import a package, as module names; nobody may import PyTorch.

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def cache(tmp_path):
     return tmp_path / "cache" / "gradengine"
 
 
-def start(cache, root=ROOT, told=True, first="", **environment):
+def start(cache, root=ROOT, told=True, first="", **environment: Any):
     settings = {**os.environ, "NUMBA_CACHE_DIR": str(cache.parent), **environment}
     settings["PYTHONDONTWRITEBYTECODE"] = "1"  # a changed source may have the same size and time
     command = [sys.executable, "-W", "error", "-c", first + RUN.format(told=told)]
@@ -51,7 +52,7 @@ def finish(process):
     return out.split(), errors
 
 
-def run(cache, root=ROOT, **environment):
+def run(cache, root=ROOT, **environment: Any):
     """Take an erf in a process of its own; give the result, then the names of what it compiled."""
     out, errors = finish(start(cache, root, **environment))
     assert errors == ""
@@ -210,3 +211,23 @@ def test_old_entries_go_when_new_ones_are_written(cache):
         "new.partial",
         "another file",
     }
+
+
+def test_the_command_compiles_what_a_training_step_needs():
+    command = [sys.executable, "-W", "error", "-m", "gradengine", "compile"]
+    last = []
+    for _ in range(2):  # the first may find all in the user's cache, or nothing
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+        *functions, line = result.stdout.splitlines()
+        assert line.startswith(f"{len(functions)} functions compiled, ")
+        last.append(functions)
+    assert last[1] == []
+    step = (
+        "import gradengine as ge; ge.set_default_device('cpu'); net = ge.models.resnet18()\n"
+        "net(ge.ones(3, 3, 96, 96)).sum().backward()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", step], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")

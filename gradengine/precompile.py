@@ -1,0 +1,77 @@
+"""Compiling the CPU kernels ahead of their first use: ``python -m gradengine compile``."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+
+import gradengine as ge
+from gradengine import nn
+from gradengine.kernels.cpu import code_cache
+from gradengine.kernels.cpu.cache_folder import private_cache_folder
+
+_SIDES = (64, 224)  # pixels: kernels are chosen by shape
+
+
+def compile_kernels() -> None:
+    """Compile what training and evaluating a ResNet and multiplying matrices need, in float32.
+
+    Prints each function that is compiled and the seconds it took, then how many and the total.
+    What an earlier process compiled is loaded from disk and not printed.
+    """
+    names: list[str] = []
+
+    def tell(name: str, seconds: float) -> None:
+        names.append(name)
+        print(f"{name:40}{seconds:6.1f} s", flush=True)
+
+    started = time.perf_counter()
+    code_cache.on_compiled = tell
+    device = ge.default_device()
+    ge.set_default_device("cpu")
+    try:
+        for side in _SIDES:
+            _use_network(side)
+        _multiply_matrices()
+    finally:
+        ge.set_default_device(device)
+        code_cache.on_compiled = None
+    print(f"{len(names)} functions compiled, {time.perf_counter() - started:.1f} s; {_kept()}")
+
+
+def _use_network(side: int) -> None:
+    """Train a ResNet-18 for a step, evaluate it, and train its last layer alone."""
+    model = ge.models.resnet18(num_classes=10)
+    images, labels = ge.randn(2, 3, side, side), ge.asarray([0, 1])
+    _step(model, images, labels)
+    model.eval()
+    with ge.no_grad():
+        model(images)
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    _step(model, images, labels)
+
+
+def _step(model: nn.Module, images: ge.Tensor, labels: ge.Tensor) -> None:
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = ge.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    nn.functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+
+def _multiply_matrices() -> None:
+    """Multiply square, batched and odd matrices in either order of memory, with gradients."""
+    for size, batch in product((48, 600), ((), (2,))):
+        for a_swapped, b_swapped in product((False, True), repeat=2):
+            a = ge.ones(*batch, size, size, requires_grad=True)
+            b = ge.ones(*batch, size, size, requires_grad=True)
+            left = a.transpose(-1, -2) if a_swapped else a
+            right = b.transpose(-1, -2) if b_swapped else b
+            (left @ right).sum().backward()
+
+
+def _kept() -> str:
+    try:
+        return f"all are kept in {private_cache_folder()}"
+    except OSError as error:
+        return f"none can be kept: {error}"
