@@ -174,6 +174,19 @@ def test_a_residual_that_broadcasts(training, shape):
         agree(found, one_by_one(x, *twins, nn.ReLU(), residual))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_of_another_dtype(training):
+    conv, norm = make(dtype="float32")
+    norm.train(training)
+    twins = copy.deepcopy((conv, norm))
+    x, residual = images(3, 4, 5, 5, dtype="float32"), images(3, 6, 5, 5, seed=2)
+    with ge.no_grad():
+        found = nn.conv_norm(x, conv, norm, activation=nn.ReLU(), residual=residual)
+        expected = one_by_one(x, *twins, nn.ReLU(), residual)
+    assert found.dtype == "float64"
+    agree(found, expected, 1e-5)
+
+
 @pytest.mark.parametrize("activation", [nn.Tanh(), F.relu, None])
 def test_other_activations(activation):
     conv, norm = make()
@@ -244,6 +257,9 @@ def test_what_needs_no_gradient_records_nothing():
     norm.freeze()
     x = images(2, 4, 5, 5)
     assert nn.conv_norm(x, conv, norm, activation=nn.ReLU()).grad_fn is None
+    residual = images(2, 6, 5, 5).requires_grad_()
+    nn.conv_norm(x, conv, norm, residual=residual).sum().backward()
+    assert (residual.grad.array == 1).all()
     assert nn.conv_norm(x.requires_grad_(), conv, norm).grad_fn is not None
 
 
@@ -361,6 +377,14 @@ def test_errors_are_the_modules_own(spoil, training, grad):
         with pytest.raises(type(expected)) as caught:
             nn.conv_norm(x, conv, norm)
     assert str(caught.value) == str(expected)
+
+
+def test_another_dtype_is_refused_also_when_weights_are_kept():
+    conv, norm = make()
+    infer(conv, norm.eval())
+    x = images(2, 4, 5, 5, dtype="float32")
+    with ge.no_grad(), pytest.raises(TypeError, match=r"weight\.dtype=float64"):
+        nn.conv_norm(x, conv, norm)
 
 
 def test_statistics_that_are_gone():
