@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 
 import gradengine
 from gradengine import kernels
+from gradengine.kernels.cpu.threads import LAUNCH_LOCK
 from gradengine.kernels.cpu.workspace import workspace
 from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
 
@@ -207,20 +207,20 @@ def test_a_workspace_is_lent_again_and_grows():
         assert again.ctypes.data == place
 
 
-def test_python_threads_take_turns_in_a_workspace():
-    wrong = []
+def test_a_workspace_keeps_other_threads_from_launching():
+    taken = []
 
-    def repeat(value):
-        for _ in range(50):
-            with workspace(1000, dtype=np.int64) as scratch:
-                scratch[:] = value
-                time.sleep(1e-4)
-                if (scratch != value).any():
-                    wrong.append(value)
+    def launch():
+        taken.append(LAUNCH_LOCK.acquire(blocking=False))
+        if taken[-1]:
+            LAUNCH_LOCK.release()
 
-    threads = [threading.Thread(target=repeat, args=(value,)) for value in range(3)]
-    for thread in threads:
+    def launch_elsewhere():
+        thread = threading.Thread(target=launch)
         thread.start()
-    for thread in threads:
         thread.join()
-    assert wrong == []
+
+    with workspace(8, dtype=np.int64):
+        launch_elsewhere()
+    launch_elsewhere()
+    assert taken == [False, True]
