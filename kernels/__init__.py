@@ -210,6 +210,26 @@ def scale_shift(
     return module.scale_shift(x, scale, shift, residual, relu)
 
 
+def softmax_cross_entropy(x: Array, target: Array) -> tuple[Array, Array]:
+    """Give -log(softmax(x)) of the class target for each row of x (rows, classes), and what it took.
+
+    target (rows,) holds integers in [0, classes), unchecked. Returns losses (rows,) and shifts
+    (rows, 2), x's maximum and the logarithm of the sum of exp(x - maximum) by row.
+    """
+    _check_shape("softmax_cross_entropy", "target", target, x.shape[:1])
+    return _module("softmax_cross_entropy", "loss", x=x).softmax_cross_entropy(x, target)
+
+
+def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Array) -> Array:
+    """Give softmax_cross_entropy's gradient by x (rows, classes), for grad (rows,)."""
+    name = "softmax_cross_entropy_grad"
+    for key, array in (("grad", grad), ("target", target)):
+        _check_shape(name, key, array, x.shape[:1])
+    _check_shape(name, "shifts", shifts, (x.shape[0], 2))
+    module = _module(name, "loss", grad=grad, x=x, shifts=shifts)
+    return module.softmax_cross_entropy_grad(grad, x, target, shifts)
+
+
 def sgd(
     values: Sequence[Array],
     grads: Sequence[Array],

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from gradengine import kernels
 from gradengine.devices import array_module, check_same_device
 from gradengine.operation import array_of, operation
-from gradengine.ops.activation import log_softmax, logsigmoid
+from gradengine.ops.activation import log_softmax, logsigmoid, softmax
 from gradengine.ops.conversion import kept_for_backward
 from gradengine.ops.elementwise import abs, square, where
 from gradengine.ops.reduction import mean, sum
-from gradengine.ops.shape import reshape
+from gradengine.ops.shape import reshape, unsqueeze
+from gradengine.tape import Variable
 
 # ---- classes -------------------------------------------------------------------------------------
 
@@ -50,6 +52,45 @@ _nll_loss.pullbacks(
 _nll_loss_grad.pullbacks(
     grad=lambda x, target, scale, divisor: _nll_loss(x, target=target, scale=scale, divisor=divisor)
 )
+
+
+@operation(label="NllLossBackward0", keeps=("shifts",))
+def _softmax_nll_loss(x, *, target, scale, divisor):
+    """Return `_nll_loss` of x's log_softmax along the class axis, which is made nowhere."""
+    xp = array_module(x)
+    losses, shifts = kernels.softmax_cross_entropy(_rows(x), target.reshape(-1))
+    with np.errstate(invalid="ignore"):
+        loss = losses.reshape(target.shape) * scale
+        loss = xp.where(scale != 0, loss, xp.zeros((), x.dtype))
+        return loss if divisor is None else loss.sum() / divisor, shifts
+
+
+def _softmax_nll_loss_grad(
+    grad: Any, x: Any, shifts: Any, target: Any, scale: Any, divisor: Any
+) -> Any:
+    # (softmax(x) - onehot(target)) * weighted, which is minus nll_loss's gradient summed up
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weighted = grad * scale if divisor is None else grad / divisor * scale
+    weighted = where(scale != 0, weighted, 0.0)
+    axis = min(1, x.ndim - 1)
+    if isinstance(grad, Variable):
+        xp = array_module(scale)
+        shape = (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)
+        hits = xp.arange(x.shape[axis]).reshape(shape) == xp.expand_dims(target, axis)
+        return (softmax(x, axis) - hits.astype(scale.dtype)) * unsqueeze(weighted, axis)
+    found = kernels.softmax_cross_entropy_grad(
+        weighted.reshape(-1), _rows(x), target.reshape(-1), shifts
+    )
+    return array_module(x).moveaxis(found.reshape(*target.shape, x.shape[axis]), target.ndim, axis)
+
+
+def _rows(x: Any) -> Any:
+    """Return an array of scores (N, C), (C,) or (N, C, ...) with classes last, as (rows, C)."""
+    axis = min(1, x.ndim - 1)
+    return array_module(x).moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+
+
+_softmax_nll_loss.pullbacks(x=_softmax_nll_loss_grad)
 
 
 def nll_loss(
@@ -142,7 +183,8 @@ def cross_entropy(
 
     target holds class numbers as in `nll_loss`, with its weight, ignore_index, reduction, errors;
     or probabilities, floating point in input's shape ("mean" is then over all but C).
-    label_smoothing is the share of each target that is spread evenly over the classes.
+    label_smoothing is the share of each target that is spread evenly over the classes. Class
+    numbers without smoothing make one node, NllLossBackward0, which softmax is a part of.
     Raises ValueError unless 0 <= label_smoothing <= 1.
     """
     if not 0 <= label_smoothing <= 1:
@@ -152,18 +194,27 @@ def cross_entropy(
         )
     _check_reduction("cross_entropy", reduction)
     axis = min(1, input.ndim - 1)
-    scores = log_softmax(input, axis)
+    fused = target.dtype.kind != "f" and label_smoothing == 0 and _has_kernel(input)
+    scores = input if fused else log_softmax(input, axis)
     if target.dtype.kind == "f":
         return _soft_cross_entropy(scores, target, weight, reduction, label_smoothing)
     target, scale, ignored = _class_scale("cross_entropy", scores, target, weight, ignore_index)
     divisor = _divisor("cross_entropy", scale, reduction)
-    loss = _nll_loss(scores, target=target, scale=scale, divisor=divisor)
+    apply = _softmax_nll_loss if fused else _nll_loss
+    loss = apply(scores, target=target, scale=scale, divisor=divisor)
     if label_smoothing == 0:
         return loss
     even = where(ignored, 0.0, -sum(_weighed(scores, weight), dim=axis))
     if divisor is not None:
         even = sum(even) / divisor
     return loss * (1 - label_smoothing) + even * (label_smoothing / scores.shape[axis])
+
+
+def _has_kernel(input: Any) -> bool:
+    array = array_of(input)
+    if array.dtype.kind != "f" or array.size == 0:
+        return False
+    return array_module(array) is not np or array.dtype in (np.float32, np.float64)
 
 
 def _soft_cross_entropy(

@@ -22,6 +22,7 @@ CUDA_FAMILIES = {
         "avg_pool2d_grad",
     ),
     "normalization": ("batch_norm_act", "batch_norm_act_grad", "scale_shift"),
+    "loss": ("softmax_cross_entropy", "softmax_cross_entropy_grad"),
     "special": ("erf",),
 }
 

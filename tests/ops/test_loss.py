@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gradengine as ge
+from gradengine.ops.activation import log_softmax
 from gradengine.ops.loss import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -28,9 +29,21 @@ def classes(*numbers):
     return ge.tensor(np.array(numbers), device="cpu")
 
 
-def test_cross_entropy_is_two_nodes():
+def test_cross_entropy_of_class_numbers_is_one_node_that_keeps_little():
     x = scores(requires_grad=True)
     node = cross_entropy(x, classes(0, 1, 2)).grad_fn
+    assert node.name() == "NllLossBackward0"
+    assert node.next_functions == ((x.node, 0),)
+    (edge,) = node.edges
+    shapes = [value.shape for value in edge[2] if hasattr(value, "shape") and value is not x]
+    assert shapes == [(3, 2), (3,), (3,), ()]
+
+
+def test_smoothed_cross_entropy_is_made_of_log_softmax():
+    x = scores(requires_grad=True)
+    losses = cross_entropy(x, classes(0, 1, 2), reduction="none", label_smoothing=0.5)
+    sum_node = losses.grad_fn.next_functions[0][0]
+    node = sum_node.next_functions[0][0]
     parent = node.next_functions[0][0]
     assert [node.name(), parent.name()] == ["NllLossBackward0", "LogSoftmaxBackward0"]
     assert parent.next_functions == ((x.node, 0),)
@@ -163,3 +176,44 @@ def test_class_weights_may_be_written_before_backward():
         loss.backward()
         gradients.append(x.grad.tolist())
     assert gradients[0] == gradients[1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(7, 5), (3, 300), (2, 9, 4, 3), (6,), (20, 1)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_one_kernel_gives_what_softmax_and_nll_loss_give(reduction, shape, dtype):
+    rng = np.random.default_rng(2)
+    count = shape[min(1, len(shape) - 1)]
+    array = (rng.standard_normal(shape) * 10 + 100).astype(dtype)
+    x = ge.tensor(array, device="cpu", requires_grad=True)
+    target = rng.integers(0, count, shape[:1] * (len(shape) > 1) + shape[2:])
+    target = np.where(rng.random(target.shape) < 0.2, -100, target) if target.ndim else target
+    weight = ge.tensor(rng.uniform(0.5, 2, count).astype(dtype), device="cpu")
+    options = {"weight": weight, "reduction": reduction}
+    label = ge.tensor(target, device="cpu")
+    losses = (
+        cross_entropy(x, label, **options),
+        nll_loss(log_softmax(x, min(1, len(shape) - 1)), label, **options),
+    )
+    found = []
+    for loss in losses:
+        seed = ge.ones_like(loss).requires_grad_()
+        (plain,) = ge.autograd.grad(loss, [x], seed, retain_graph=True)
+        (recorded,) = ge.autograd.grad(loss, [x], seed, create_graph=True)
+        second = ge.autograd.grad((recorded * recorded * recorded).sum(), [x, seed])
+        tensors = (loss.detach(), plain, recorded.detach(), *second)
+        found.append([tensor.numpy() for tensor in tensors])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 if dtype == np.float32 else 1e-12)
+
+
+def test_strange_scores_give_what_they_did():
+    rows = np.array([[np.inf, 0], [-np.inf, -np.inf], [np.nan, 1], [0, -np.inf], [1e30, -1e30]])
+    target = ge.tensor(np.array([0, 0, 1, 0, 0]), device="cpu")
+    for dtype in (np.float32, np.float64):
+        x = ge.tensor(rows.astype(dtype), device="cpu", requires_grad=True)
+        losses = cross_entropy(x, target, reduction="none")
+        np.testing.assert_array_equal(losses.detach().numpy(), [np.nan] * 3 + [0, 0])
+        losses.sum().backward()
+        expected = [[np.nan] * 2] * 3 + [[0, 0]] * 2
+        np.testing.assert_array_equal(x.grad.numpy(), expected)
