@@ -71,21 +71,24 @@ def _softmax_nll_loss_grad(
     # (softmax(x) - onehot(target)) * weighted, which is minus nll_loss's gradient summed up
     with np.errstate(divide="ignore", invalid="ignore"):
         weighted = grad * scale if divisor is None else grad / divisor * scale
-    weighted = where(scale != 0, weighted, 0.0)
     axis = min(1, x.ndim - 1)
+    xp = array_module(scale)
     if isinstance(grad, Variable):
-        xp = array_module(scale)
+        weighted = where(scale != 0, weighted, 0.0)
         shape = (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)
         hits = xp.arange(x.shape[axis]).reshape(shape) == xp.expand_dims(target, axis)
         return (softmax(x, axis) - hits.astype(scale.dtype)) * unsqueeze(weighted, axis)
-    found = kernels.softmax_cross_entropy_grad(
-        weighted.reshape(-1), _rows(x), target.reshape(-1), shifts
-    )
-    return array_module(x).moveaxis(found.reshape(*target.shape, x.shape[axis]), target.ndim, axis)
+    weighted = xp.where(scale != 0, weighted, xp.zeros((), x.dtype)).reshape(-1)
+    found = kernels.softmax_cross_entropy_grad(weighted, _rows(x), target.reshape(-1), shifts)
+    if x.ndim == 2:
+        return found
+    return xp.moveaxis(found.reshape(*target.shape, x.shape[axis]), target.ndim, axis)
 
 
 def _rows(x: Any) -> Any:
     """Return an array of scores (N, C), (C,) or (N, C, ...) with classes last, as (rows, C)."""
+    if x.ndim == 2:
+        return x
     axis = min(1, x.ndim - 1)
     return array_module(x).moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
 
@@ -184,7 +187,8 @@ def cross_entropy(
     target holds class numbers as in `nll_loss`, with its weight, ignore_index, reduction, errors;
     or probabilities, floating point in input's shape ("mean" is then over all but C).
     label_smoothing is the share of each target that is spread evenly over the classes. Class
-    numbers without smoothing make one node, NllLossBackward0, which softmax is a part of.
+    numbers without smoothing make one node, NllLossBackward0, which softmax is a part of, unless a
+    pixel's scores lie apart in memory.
     Raises ValueError unless 0 <= label_smoothing <= 1.
     """
     if not 0 <= label_smoothing <= 1:
@@ -214,7 +218,11 @@ def _has_kernel(input: Any) -> bool:
     array = array_of(input)
     if array.dtype.kind != "f" or array.size == 0:
         return False
-    return array_module(array) is not np or array.dtype in (np.float32, np.float64)
+    if array_module(array) is not np:
+        return True
+    # Elsewhere in memory the rows would be copied together first, which costs more than is gained.
+    together = array.ndim <= 2 or np.moveaxis(array, 1, -1).flags.c_contiguous
+    return together and array.dtype in (np.float32, np.float64)
 
 
 def _soft_cross_entropy(

@@ -184,8 +184,10 @@ def test_class_weights_may_be_written_before_backward():
 def test_one_kernel_gives_what_softmax_and_nll_loss_give(reduction, shape, dtype):
     rng = np.random.default_rng(2)
     count = shape[min(1, len(shape) - 1)]
-    array = (rng.standard_normal(shape) * 10 + 100).astype(dtype)
-    x = ge.tensor(array, device="cpu", requires_grad=True)
+    rows_last = np.moveaxis(np.empty(shape), min(1, len(shape) - 1), -1).shape
+    array = (rng.standard_normal(rows_last) * 10 + 100).astype(dtype)
+    array = np.moveaxis(array, -1, min(1, len(shape) - 1))  # pixels' scores together in memory
+    x = ge.asarray(array, device="cpu").requires_grad_()
     target = rng.integers(0, count, shape[:1] * (len(shape) > 1) + shape[2:])
     target = np.where(rng.random(target.shape) < 0.2, -100, target) if target.ndim else target
     weight = ge.tensor(rng.uniform(0.5, 2, count).astype(dtype), device="cpu")
@@ -203,6 +205,7 @@ def test_one_kernel_gives_what_softmax_and_nll_loss_give(reduction, shape, dtype
         second = ge.autograd.grad((recorded * recorded * recorded).sum(), [x, seed])
         tensors = (loss.detach(), plain, recorded.detach(), *second)
         found.append([tensor.numpy() for tensor in tensors])
+    assert losses[0].grad_fn.next_functions == ((x.node, 0),)
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 if dtype == np.float32 else 1e-12)
 
