@@ -210,6 +210,22 @@ def scale_shift(
     return module.scale_shift(x, scale, shift, residual, relu)
 
 
+def weigh(x: Array, positions: np.ndarray, weights: np.ndarray, axis: int) -> Array:
+    """Sum pixels of x along an axis: out[p] is the sum of weights[p, t] * x[positions[p, t]].
+
+    positions and weights are (out, taps), both NumPy's whatever x is; a position of -1 stands for
+    no pixel. x that is not floating point takes one pixel for each output, its weight 1. Raises
+    ValueError for positions outside of x.
+    """
+    if positions.size and not -1 <= positions.min() <= positions.max() < x.shape[axis]:
+        raise ValueError(
+            f"weigh: positions must lie in x (-1 <= positions < x.shape[{axis}]); got "
+            f"x.shape={tuple(x.shape)}, positions from {positions.min()} to {positions.max()}"
+        )
+    _check_shape("weigh", "weights", weights, positions.shape)
+    return _import_family(_place(x), "resize").weigh(x, positions, weights, axis)
+
+
 def softmax_cross_entropy(x: Array, target: Array) -> tuple[Array, Array]:
     """Give -log(softmax(x)) of the class target for each row of x (rows, classes), and what it took.
 

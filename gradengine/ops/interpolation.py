@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradengine.devices import array_module
+from gradengine import kernels
 from gradengine.operation import operation
 
 
@@ -23,7 +23,8 @@ class Taps(NamedTuple):
 @operation(label=lambda rows, columns, label: label)
 def resample(x, *, rows, columns, label):
     """Apply Taps to the rows and the columns of x (N, C, H, W); `label` names the node."""
-    pixels = _weigh(_weigh(x.transpose(0, 2, 3, 1), rows, 1), columns, 2)
+    pixels = kernels.weigh(x.transpose(0, 2, 3, 1), rows.positions, rows.weights, 1)
+    pixels = kernels.weigh(pixels, columns.positions, columns.weights, 2)
     return pixels.transpose(0, 3, 1, 2)  # channels-last in memory
 
 
@@ -32,21 +33,6 @@ resample.pullbacks(
         grad, rows=_transposed(rows), columns=_transposed(columns), label=label
     )
 )
-
-
-def _weigh(x: Any, taps: Taps, axis: int) -> Any:
-    """Sum weighted pixels tap by tap: a nan reaches only the outputs that it is part of."""
-    xp = array_module(x)
-    along = tuple(-1 if i == axis else 1 for i in range(x.ndim))
-    total = None
-    for positions, weights in zip(taps.positions.T, taps.weights.T, strict=True):
-        part = xp.take(x, xp.asarray(np.maximum(positions, 0)), axis=axis)
-        if (weights != 1).any():
-            part *= xp.asarray(weights.astype(x.dtype)).reshape(along)
-        if (positions < 0).any():
-            part = xp.where(xp.asarray(positions >= 0).reshape(along), part, xp.zeros((), x.dtype))
-        total = part if total is None else total + part
-    return total
 
 
 def _transposed(taps: Taps) -> Taps:

@@ -23,6 +23,7 @@ CUDA_FAMILIES = {
     ),
     "normalization": ("batch_norm_act", "batch_norm_act_grad", "scale_shift"),
     "loss": ("softmax_cross_entropy", "softmax_cross_entropy_grad"),
+    "resize": ("weigh",),
     "special": ("erf",),
 }
 
