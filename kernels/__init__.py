@@ -34,6 +34,9 @@ class PackedConv2d(NamedTuple):
     dtype: np.dtype
 
 
+# Elements from which on an elementwise pass is worth the launch of a kernel.
+PARALLEL_SIZE = 1 << 16
+
 _DTYPES = {
     "cpu": (np.dtype(np.float32), np.dtype(np.float64)),
     "cuda": (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)),
@@ -313,6 +316,11 @@ def adam(
 def erf(x: Array) -> Array:
     """Give the error function, 2 / sqrt(pi) * integral of exp(-t^2) from 0 to x, for any shape."""
     return _module("erf", "special", x=x).erf(x)
+
+
+def relu(x: Array) -> Array:
+    """Give max(x, 0) for any shape; nan stays nan."""
+    return _import_family(_place(x), "activation").relu(x)
 
 
 def relu_grad(grad: Array, out: Array) -> Array:

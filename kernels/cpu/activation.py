@@ -1,19 +1,52 @@
-"""Gradients of activations, in one pass each."""
+"""Rectifiers, on all cores where arrays are long enough, by NumPy where they are not."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import vectorize
+from numba import prange, vectorize
 
+from gradengine.kernels import PARALLEL_SIZE
+from gradengine.kernels.cpu.launch import parallel_kernel
 from gradengine.kernels.layout import Array
+
+# Elements of one piece of work.
+ROW_ELEMENTS = 1 << 12
+
+
+def relu(x: Array) -> Array:
+    flat = _flat(x)
+    if flat is None:
+        return np.maximum(x, 0)
+    out = np.empty_like(x)
+    _relu(*flat, out.ravel("K"))
+    return out
 
 
 def relu_grad(grad: Array, out: Array) -> Array:
+    flat = _flat(grad, out)
+    if flat is not None:
+        by_x = np.empty_like(grad)
+        _relu_grad(*flat, by_x.ravel("K"))
+        return by_x
     if grad.dtype == np.float16:  # which Numba does not compile for CPUs
         return np.where(out == 0, np.float16(0), grad)
     return _pass_where_nonzero(grad, out)
+
+
+def _flat(first: Array, *others: Array) -> tuple[Array, ...] | None:
+    """Give long arrays of one layout without gaps as vectors of their memory, or else None."""
+    if first.size < PARALLEL_SIZE or first.dtype not in (np.float32, np.float64):
+        return None
+    like = (first.shape, first.strides, first.dtype)
+    if any((other.shape, other.strides, other.dtype) != like for other in others):
+        return None
+    vectors = tuple([array.ravel("K") for array in (first, *others)])
+    if not np.may_share_memory(vectors[0], first):  # there were gaps: these are copies
+        return None
+    # To Numba a read-only array is another type: it would compile a second time.
+    return vectors if all(vector.flags.writeable for vector in vectors) else None
 
 
 def _pass_grad(grad, out):
@@ -24,3 +57,22 @@ def _pass_grad(grad, out):
 _pass_where_nonzero: Any = vectorize(
     ["float32(float32, float32)", "float64(float64, float64)"], cache=True
 )(_pass_grad)
+
+
+@parallel_kernel
+def _relu(x, out):
+    for row in prange((len(x) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
+        values = x[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
+        target = out[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
+        for i in range(len(values)):
+            target[i] = 0 if values[i] <= 0 else values[i]  # nan passes
+
+
+@parallel_kernel
+def _relu_grad(grad, gate, out):
+    for row in prange((len(grad) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
+        values = grad[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
+        gates = gate[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
+        target = out[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
+        for i in range(len(values)):
+            target[i] = 0 if gates[i] == 0 else values[i]

@@ -12,7 +12,7 @@ from gradengine import kernels
 from gradengine.devices import import_cupy
 
 CUDA_FAMILIES = {
-    "activation": ("relu_grad",),
+    "activation": ("relu", "relu_grad"),
     "conv2d": ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"),
     "pooling": (
         "max_pool2d",
@@ -27,7 +27,7 @@ CUDA_FAMILIES = {
     "special": ("erf",),
 }
 
-ELEMENTWISE = ("erf", "relu_grad")  # these keep the layout they are given
+ELEMENTWISE = ("erf", "relu", "relu_grad")  # these keep the layout they are given
 
 
 class Place:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gradengine import kernels
+from tests.kernels.memory import MEMORIES, laid_out
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -27,3 +28,38 @@ def test_relu_grad_keeps_channels_last(rng):
     out = rng.standard_normal((2, 4, 5, 3)).transpose(0, 3, 1, 2)
     grad = np.ones_like(out)
     assert kernels.relu_grad(grad, out).strides == out.strides
+
+
+# Arrays that all cores share: their length is no multiple of a piece, and few are left over.
+LONG = (3, 5, 70, 71)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_long_arrays_keep_their_layout(dtype, memory, place, rng):
+    assert np.prod(LONG) > kernels.PARALLEL_SIZE
+    x, grad = (laid_out(rng.standard_normal(LONG).astype(dtype), memory) for _ in range(2))
+    out = place("relu", x)
+    np.testing.assert_array_equal(out, np.where(x > 0, x, 0))
+    by_x = place("relu_grad", grad, laid_out(out, memory))
+    np.testing.assert_array_equal(by_x, np.where(x > 0, grad, 0))
+    if place.name == "cpu" and memory in ("nchw", "nhwc"):
+        assert out.strides == by_x.strides == x.strides
+
+
+def test_long_arrays_of_unlike_layout(place, rng):
+    grad, out = rng.standard_normal((2, *LONG))
+    out = laid_out(out, "nhwc")
+    np.testing.assert_array_equal(place("relu_grad", grad, out), grad)
+    np.testing.assert_array_equal(place("relu_grad", grad[:1], out * 0), np.zeros(LONG))
+
+
+def test_relu_of_special_values(place):
+    x = np.tile([np.nan, -np.inf, np.inf, -0.0, -1.0], kernels.PARALLEL_SIZE)
+    expected = np.tile([np.nan, 0, np.inf, 0, 0], kernels.PARALLEL_SIZE)
+    np.testing.assert_array_equal(place("relu", x), expected)
+
+
+def test_relu_keeps_integers():
+    x = np.arange(-3, kernels.PARALLEL_SIZE)
+    np.testing.assert_array_equal(kernels.relu(x), np.maximum(x, 0))
