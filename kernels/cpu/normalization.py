@@ -6,6 +6,8 @@ for vectors where channels are few. Element i of a row belongs to channel i % ch
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import prange
 
@@ -70,9 +72,8 @@ def batch_norm_act_grad(
     slope = -scale * inv_std * grad_weight / count
     shift = -scale * total / count
     grad_x = np.empty_like(array)
-    width = _row_width(array)
-    vectors = (_tiled(vector, width, x.dtype) for vector in (scale, mean, slope, shift))
-    _affine_pair(_flat(grads), _flat(gate), _flat(array), *vectors, _flat(grad_x))
+    vectors = _along_rows(array, scale, mean, slope, shift)
+    _affine_pair(_flat(grads), _flat(gate), _flat(array), vectors, _flat(grad_x))
     grad_residual = from_nhwc(grads) if wants_residual else None
     sums = grad_weight.astype(x.dtype), total.astype(x.dtype)
     return from_nhwc(grad_x), *sums, grad_residual
@@ -87,11 +88,10 @@ def _scale_shift(
 ) -> Array:
     """Give relu((x - center) * scale + shift + residual) of the (N, H, W, C) array x."""
     out = np.empty_like(array)
-    width = _row_width(array)
-    vectors = (_tiled(vector, width, array.dtype) for vector in (center, scale, shift))
+    vectors = _along_rows(array, center, scale, shift)
     added = array if residual is None else kernel_input(residual)
     floor = array.dtype.type(0 if relu else -np.inf)
-    _affine(_flat(array), *vectors, _flat(added), residual is not None, floor, _flat(out))
+    _affine(_flat(array), vectors, _flat(added), residual is not None, floor, _flat(out))
     return from_nhwc(out)
 
 
@@ -105,10 +105,8 @@ def _moments(array: Array) -> tuple[Array, Array]:
         # Sums about a value among the others stay exact however far the mean is from zero.
         step = -(-len(pixels) // ORIGIN_PIXELS)
         origin = pixels[::step].mean(axis=0, dtype=np.float64).astype(array.dtype)
-        width = _row_width(array)
-        total, squares = _part_sums(
-            array, 2, _sum_moments, _flat(array), np.tile(origin, width // channels)
-        )
+        (along,) = _along_rows(array, origin)
+        total, squares = _part_sums(array, _sum_moments, _flat(array), along)
         offset = total / len(pixels)
         return origin + offset, np.maximum(squares / len(pixels) - offset * offset, 0.0)
 
@@ -117,20 +115,21 @@ def _grad_sums(
     grads: Array, gate: Array, array: Array, mean: Array, passed: Array | None
 ) -> tuple[Array, Array]:
     """Sum g and g * (x - mean) over the pixels, g being grads where gate is not 0; fill passed with g."""
-    width = _row_width(array)
-    center = _tiled(mean, width, array.dtype)
+    (center,) = _along_rows(array, mean)
     target = grads if passed is None else passed
     arguments = (_flat(grads), _flat(gate), _flat(array), center, passed is not None, _flat(target))
-    return _part_sums(array, 2, _sum_grads, *arguments)
+    return _part_sums(array, _sum_grads, *arguments)
 
 
-def _part_sums(array, count, kernel, *arguments):
+def _part_sums(array: Array, kernel: Any, *arguments: Any) -> tuple[Array, Array]:
+    """Give the two sums by channel, in float64, that a kernel leaves in parts of array's rows."""
     channels = array.shape[-1]
     width = _row_width(array)
     rows = -(-array.size // max(width, 1))
-    parts = np.zeros((min(MOST_PARTS, -(-rows // BLOCK_ROWS)), count, width))
+    parts = np.zeros((min(MOST_PARTS, -(-rows // BLOCK_ROWS)), 2, width))
     kernel(*arguments, parts)
-    return parts.reshape(len(parts), count, width // max(channels, 1), channels).sum(axis=(0, 2))
+    sums = parts.reshape(len(parts), 2, width // max(channels, 1), channels).sum(axis=(0, 2))
+    return sums[0], sums[1]
 
 
 def _row_width(array: Array) -> int:
@@ -138,8 +137,13 @@ def _row_width(array: Array) -> int:
     return channels * max(1, ROW_ELEMENTS // channels)
 
 
-def _tiled(vector: Array, width: int, dtype: np.dtype) -> Array:
-    return np.tile(vector.astype(dtype), width // max(len(vector), 1))
+def _along_rows(array: Array, *vectors: Array) -> Array:
+    """Give vectors (C,) in array's dtype, repeated along a row: (vectors, width)."""
+    channels = array.shape[-1]
+    rows = np.empty((len(vectors), _row_width(array) // max(channels, 1), channels), array.dtype)
+    for row, vector in zip(rows, vectors, strict=True):
+        row[...] = vector
+    return rows.reshape(len(vectors), rows.shape[1] * channels)
 
 
 def _flat(array: Array) -> Array:
@@ -202,9 +206,10 @@ def _sum_grads(grad, gate, x, center, stores, passed, parts):
 
 
 @parallel_kernel
-def _affine(x, center, scale, shift, residual, adds, floor, out):
+def _affine(x, vectors, residual, adds, floor, out):
     """Fill out with (x - center) * scale + shift, plus residual if `adds`, at least floor."""
-    width = len(center)
+    width = vectors.shape[1]
+    center, scale, shift = vectors[0], vectors[1], vectors[2]
     for row in prange((len(x) + width - 1) // width):
         values = x[row * width : (row + 1) * width]
         target = out[row * width : (row + 1) * width]
@@ -220,9 +225,10 @@ def _affine(x, center, scale, shift, residual, adds, floor, out):
 
 
 @parallel_kernel
-def _affine_pair(grad, gate, x, scale, center, slope, shift, out):
+def _affine_pair(grad, gate, x, vectors, out):
     """Fill out with g * scale + (x - center) * slope + shift, g being grad where gate is not 0."""
-    width = len(center)
+    width = vectors.shape[1]
+    scale, center, slope, shift = vectors[0], vectors[1], vectors[2], vectors[3]
     for row in prange((len(x) + width - 1) // width):
         grads = grad[row * width : (row + 1) * width]
         gates = gate[row * width : (row + 1) * width]

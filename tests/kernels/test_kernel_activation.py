@@ -49,9 +49,13 @@ def test_long_arrays_keep_their_layout(dtype, memory, place, rng):
 
 def test_long_arrays_of_unlike_layout(place, rng):
     grad, out = rng.standard_normal((2, *LONG))
-    out = laid_out(out, "nhwc")
-    np.testing.assert_array_equal(place("relu_grad", grad, out), grad)
-    np.testing.assert_array_equal(place("relu_grad", grad[:1], out * 0), np.zeros(LONG))
+    out = np.maximum(out, 0)
+    expected = np.where(out > 0, grad, 0)
+    np.testing.assert_array_equal(place("relu_grad", grad, laid_out(out, "nhwc")), expected)
+    np.testing.assert_array_equal(place("relu_grad", laid_out(grad, "nhwc"), out), expected)
+    row = np.array(grad[0, 0, 0])
+    found = place("relu_grad", np.broadcast_to(row, LONG), out)
+    np.testing.assert_array_equal(found, np.where(out > 0, row, 0))
 
 
 def test_relu_of_special_values(place):
