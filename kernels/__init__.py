@@ -313,6 +313,14 @@ def adam(
     )
 
 
+def matmul(x: Array, y: Array) -> Array:
+    """Give the matrix product of x (..., M, K) and y (..., K, N), of one dtype, which may be any.
+
+    Leading axes broadcast; any strides are read as they are.
+    """
+    return _import_family(_place(x), "matmul").matmul(x, y)
+
+
 def erf(x: Array) -> Array:
     """Give the error function, 2 / sqrt(pi) * integral of exp(-t^2) from 0 to x, for any shape."""
     return _module("erf", "special", x=x).erf(x)

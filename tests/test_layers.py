@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # A module belongs to the longest name here that it is or lies under, and imports its own layer or
 # lower ones. What stands under no name (gradengine itself, the command line) is above all.
 LAYERS = {
+    "gradengine.backends": 0,
     "gradengine.devices": 0,
     "gradengine.kernels": 0,
     "gradengine.dtypes": 1,

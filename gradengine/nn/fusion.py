@@ -16,6 +16,7 @@ import numpy as np
 from gradengine import kernels
 from gradengine.devices import array_module, device_of
 from gradengine.grad_mode import grad_mode
+from gradengine.kernels import settings
 from gradengine.kernels.geometry import Conv2dGeometry, conv2d_geometry
 from gradengine.nn.activation import ReLU
 from gradengine.nn.convolution import Conv2d
@@ -129,7 +130,7 @@ def _normalized(x: Tensor, conv: Any, norm: Any, residual: Tensor | None, relu: 
 class _Folded:
     """A convolution's weight and bias with a normalization folded in, and what they came from."""
 
-    __slots__ = ("arrays", "bias", "eps", "geometry", "stamps", "tensors", "weight")
+    __slots__ = ("arrays", "bias", "eps", "geometry", "settings", "stamps", "tensors", "weight")
 
     def __init__(self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry) -> None:
         self.tensors = tensors
@@ -138,12 +139,16 @@ class _Folded:
         self.arrays = [None if tensor is None else tensor.array for tensor in tensors]
         self.eps = eps
         self.geometry = geometry
+        self.settings = dict(
+            vars(settings.cpu)
+        )  # they choose the kernel that a weight is laid out for
         self.weight, self.bias = _fold(*self.arrays, eps=eps, geometry=geometry)
 
     def serves(self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry) -> bool:
         """Whether this is what these tensors, as they are now, fold to; the batch may differ."""
         return (
             self.eps == eps
+            and self.settings == vars(settings.cpu)
             and (self.geometry is geometry or self.geometry[1:] == geometry[1:])
             and all(map(is_, self.tensors, tensors))
             and self.is_current()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gradengine import kernels
 from gradengine.devices import array_module
 from gradengine.operation import operation, sum_to_shape
 from gradengine.ops.shape import reshape
@@ -26,22 +27,22 @@ def _mv(x, y):
 
 @operation(label="MmBackward0")
 def _mm(x, y):
-    return x @ y
+    return kernels.matmul(x, y)
 
 
 @operation(label="BmmBackward0")
 def _bmm(x, y):
-    return array_module(x).matmul(x, y)
+    return kernels.matmul(x, y)
 
 
 _dot.pullbacks(x=lambda grad, y: grad * y, y=lambda grad, x: grad * x)
 _mv.pullbacks(
     x=lambda grad, y: reshape(grad, (grad.shape[0], 1)) * y, y=lambda grad, x: x.mT @ grad
 )
-_mm.pullbacks(x=lambda grad, y: grad @ y.mT, y=lambda grad, x: x.mT @ grad)
+_mm.pullbacks(x=lambda grad, y: _mm(grad, y.mT), y=lambda grad, x: _mm(x.mT, grad))
 _bmm.pullbacks(
-    x=lambda grad, y, x_shape: _unbroadcast(grad @ y.mT, x_shape),
-    y=lambda grad, x, y_shape: _unbroadcast(x.mT @ grad, y_shape),
+    x=lambda grad, y, x_shape: _unbroadcast(_bmm(grad, y.mT), x_shape),
+    y=lambda grad, x, y_shape: _unbroadcast(_bmm(x.mT, grad), y_shape),
 )
 
 
@@ -151,7 +152,7 @@ def _linear(x, weight, bias):
 
 @operation(label="MmBackward0")
 def _linear_without_bias(x, weight):
-    product = _rows(x) @ weight.T
+    product = kernels.matmul(_rows(x), weight.T)
     return product if x.ndim == 2 else product.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -160,7 +161,7 @@ def _linear_grad_input(grad: Any, weight: Any) -> Any:
 
 
 def _linear_grad_weight(grad: Any, x: Any) -> Any:
-    return _rows(grad).mT @ _rows(x)
+    return _mm(_rows(grad).mT, _rows(x))
 
 
 _linear.pullbacks(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from numba import njit
 
 from gradengine.kernels.cpu.code_cache import keep_code
+from gradengine.kernels.cpu.memory import keep_freed_memory
+from gradengine.kernels.cpu.parts import part
 from gradengine.kernels.cpu.threads import LAUNCH_LOCK, prepare_launch, start_threads
 from gradengine.kernels.layout import Array, to_nhwc
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 start_threads()
+keep_freed_memory()
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,8 +45,11 @@ def parallel_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kernel_part(function: Callable[..., Any]) -> Any:
-    """Compile a function that kernels of any module may call; it is kept on disk with them."""
-    return njit(nogil=True)(function)
+    """Make a function that kernels of any module may call; it is compiled and kept with them.
+
+    Called from Python it runs as it is written, not compiled.
+    """
+    return part(function)
 
 
 def kernel_input(x: Array) -> Array:

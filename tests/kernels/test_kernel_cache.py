@@ -230,3 +230,43 @@ def test_the_command_compiles_what_a_training_step_needs():
         [sys.executable, "-c", step], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+PART = """
+import sys, numpy
+from numba import prange
+from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
+
+@kernel_part
+def inner(x):
+    if x < 0:
+        raise ValueError("negative")
+    return x ** 0.5
+
+@kernel_part
+def outer(x, i):
+    return inner(x[i]) + 1 // numpy.int64(x[i] + 1)
+
+@parallel_kernel
+def kernel(x, out):
+    for i in prange(x.size):
+        out[i] = outer(x, i)
+
+@parallel_kernel
+def checked(x):
+    return inner(x[0])
+"""
+
+
+def test_parts_of_a_kernel_run_in_it_and_from_python(cache, copy):
+    (copy / "kernels" / "cpu" / "made.py").write_text(PART)
+    code = (
+        "import numpy; from gradengine.kernels.cpu import made\n"
+        "x, out = numpy.arange(9.0), numpy.empty(9)\n"
+        "made.kernel(x, out)\n"
+        "print([made.outer(x, i) for i in range(9)] == out.tolist())\n"
+        "try:\n    made.checked(x - 1)\nexcept ValueError as error:\n    print(error)\n"
+    )
+    for _ in range(2):  # the second time from disk
+        out, errors = finish(start(cache, copy.parent, first=code))
+        assert out == ["True", "negative", "0.5205"], errors

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from gradengine import kernels
-from gradengine.kernels.cpu import conv2d as cpu_conv2d
 from gradengine.kernels.cuda import conv2d as cuda_conv2d
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.kernels import references as reference
@@ -77,21 +76,20 @@ def test_any_strides(case, memory, place, rng):
     assert_close(place("conv2d_grad_weight", grad, x, geometry), expected[2], np.float64)
 
 
-@pytest.mark.parametrize("module", [cpu_conv2d, cuda_conv2d])
 @pytest.mark.parametrize("column_bytes", [1, 5000])
 @pytest.mark.parametrize("case", ["padding", "stride_2", "groups"])
-def test_chunks_of_columns_add_up(case, column_bytes, module, rng, monkeypatch):
+def test_chunks_of_columns_add_up(case, column_bytes, rng, monkeypatch):
     geometry, x, weight, grad = make(case, rng)
     whole = (
-        module.conv2d(x, weight, None, geometry),
-        module.conv2d_grad_input(grad, weight, geometry),
-        module.conv2d_grad_weight(grad, x, geometry),
+        cuda_conv2d.conv2d(x, weight, None, geometry),
+        cuda_conv2d.conv2d_grad_input(grad, weight, geometry),
+        cuda_conv2d.conv2d_grad_weight(grad, x, geometry),
     )
-    # 1: one output row (on CUDA one image) at a time; 5000: chunks end inside an image
-    monkeypatch.setattr(module, "COLUMN_BYTES", column_bytes)
-    assert_close(module.conv2d(x, weight, None, geometry), whole[0], np.float64)
-    assert_close(module.conv2d_grad_input(grad, weight, geometry), whole[1], np.float64)
-    assert_close(module.conv2d_grad_weight(grad, x, geometry), whole[2], np.float64)
+    # 1: one image at a time; 5000: chunks end between images
+    monkeypatch.setattr(cuda_conv2d, "COLUMN_BYTES", column_bytes)
+    assert_close(cuda_conv2d.conv2d(x, weight, None, geometry), whole[0], np.float64)
+    assert_close(cuda_conv2d.conv2d_grad_input(grad, weight, geometry), whole[1], np.float64)
+    assert_close(cuda_conv2d.conv2d_grad_weight(grad, x, geometry), whole[2], np.float64)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import gradengine as ge
 from gradengine import functional as F
 from gradengine import kernels, nn, optim
+from gradengine.kernels import settings
 from gradengine.nn import fusion
 
 SIZES = [
@@ -227,6 +229,26 @@ def test_on_a_gpu(training):
         for _ in range(1 if training else 2):
             found = nn.conv_norm(x, conv, norm, activation=nn.ReLU(), residual=residual)
             np.testing.assert_allclose(found.cpu().array, expected.array, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("winograd", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_in_either_form_of_the_convolution(monkeypatch, training, winograd):
+    monkeypatch.setattr(settings.cpu, "winograd", winograd)
+    conv, norm = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32).train(training)
+    with ge.no_grad():
+        norm.running_var.uniform_(0.01, 0.1)
+        norm.weight.normal_()
+    x, residual = (images(8, 32, 9, 8, seed=seed, dtype="float32") for seed in (1, 2))
+    exact = copy.deepcopy((conv, norm))
+    for module in exact:
+        module.double()
+    with ge.no_grad():
+        found = nn.conv_norm(x, conv, norm, activation=nn.ReLU(), residual=residual)
+        expected = one_by_one(x.double(), *exact, nn.ReLU(), residual.double())
+    assert abs(found.array - expected.array).max() < 3e-5 * abs(expected.array).max()
+    for ours, theirs in zip(norm.buffers(), exact[1].buffers(), strict=True):
+        np.testing.assert_allclose(ours.array, theirs.array, rtol=1e-4, atol=1e-6)
 
 
 # ---- the graph -----------------------------------------------------------------------------------
@@ -531,6 +553,15 @@ def test_every_change_is_noticed(packed, change, frozen):
     assert len(packed) == 2
 
 
+def test_another_choice_of_kernels_is_noticed(packed, monkeypatch):
+    conv, norm = make()
+    norm.eval()
+    for winograd in (True, True, False, False):
+        monkeypatch.setattr(settings.cpu, "winograd", winograd)
+        infer(conv, norm)
+    assert len(packed) == 2
+
+
 def test_a_step_of_training_frees_what_was_kept(packed):
     conv, norm = make()
     infer(conv, norm.eval())
@@ -569,6 +600,16 @@ def test_one_convolution_with_two_norms(packed):
         infer(conv, norm.eval())
         infer(conv, other.eval())
     assert len(packed) == 2
+
+
+def test_threads_share_what_is_kept(packed):
+    conv, norm = make()
+    norm.eval()
+    infer(conv, norm)
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(infer, conv, norm) for _ in range(16)]:
+            future.result()
+    assert len(packed) == 1
 
 
 def test_it_is_no_part_of_the_module():

@@ -1,0 +1,168 @@
+"""Matrix products, blocked so that each level of cache holds what fits it.
+
+Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34 (2008): the
+columns of y are copied once, in panels as wide as the microkernel; a block of x is copied into
+the L2 cache, where the panels pass it. Any strides are taken as they are: a transposed array is
+never copied as a whole.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from gradengine.kernels.cpu import microkernel
+from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
+from gradengine.kernels.cpu.microkernel import ROWS, columns_of
+from gradengine.kernels.cpu.simd import lanes, pointer, shifted, transpose
+from gradengine.kernels.cpu.threads import get_num_threads
+from gradengine.kernels.cpu.workspace import workspace
+from gradengine.kernels.layout import Array
+
+DEPTH = 512  # of a block: a panel of y is 64 KB with AVX-512
+BLOCK = 8 * ROWS  # rows of a block of x: 229 KB, in L2
+ROW = DEPTH + 16  # elements from row to row of a block, which must not lie 4096 bytes apart
+TASKS = 4  # for each thread, so that they balance
+
+# NumPy's BLAS is the faster where a launch costs more than the product. It runs these on one thread;
+# larger ones on threads of its own, which then spin on the cores that the next kernel needs.
+SMALL_PRODUCT = 1 << 20
+SMALL_MATRIX = 1 << 13  # the same for a product with a vector
+MEDIUM_MATRIX = 1 << 22  # up to here one thread reads a matrix as fast as two and their start
+
+
+def matmul(x: Array, y: Array) -> Array:
+    """Give x (..., M, K) @ y (..., K, N); leading axes broadcast.
+
+    The order of every sum is fixed by the shapes: any number of threads gives the same bits.
+    """
+    rows, depth, columns = x.shape[-2], x.shape[-1], y.shape[-1]
+    batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    size = rows * depth * columns
+    if x.dtype not in ("float32", "float64") or 0 in batch or size <= SMALL_MATRIX:
+        return np.matmul(x, y)
+    if depth == 1:
+        return x * y
+    if (rows == 1 or columns == 1) and not batch:
+        return np.matmul(x, y) if size > MEDIUM_MATRIX else np.einsum("ij,jk->ik", x, y)
+    if size <= SMALL_PRODUCT:
+        return np.matmul(x, y)
+    out = np.empty((*batch, rows, columns), x.dtype)
+    _multiply(_stack(x, batch), _stack(y, batch), out.reshape(-1, rows, columns))
+    return out
+
+
+def _stack(x: Array, batch: tuple[int, ...]) -> Array:
+    """Give x as (B, M, K), or as (1, M, K) where one matrix serves the whole batch."""
+    matrix = x.shape[-2:]
+    if x.size == matrix[0] * matrix[1]:
+        return x.reshape(1, *matrix)
+    return np.broadcast_to(x, (*batch, *matrix)).reshape(-1, *matrix)
+
+
+def _multiply(x: Array, y: Array, out: Array) -> None:
+    threads = get_num_threads()
+    _, rows, columns = out.shape
+    depth = x.shape[2]
+    width = microkernel.width(x.dtype)
+    panels = -(-columns // width)
+    blocks = len(out) * -(-rows // BLOCK)
+    groups = max(min(-(-TASKS * threads // blocks), panels), 1)
+    workers = min(threads, blocks * groups)
+    with (
+        workspace(len(y), panels, depth * width, dtype=x.dtype) as packed,
+        workspace(workers, BLOCK * ROW, dtype=x.dtype) as scratch,
+    ):
+        _multiply_blocks(*_start(x), *_start(y), out, depth, packed, groups, scratch)
+
+
+def _start(x: Array) -> tuple[Array, tuple[int, ...]]:
+    """Give the first element of x (B, M, K), and the distances along its axes in elements.
+
+    Compiled code takes these for any memory, where arrays of each layout are types of their own.
+    """
+    x = x if x.flags.writeable else x.copy()
+    batch, row, column = (stride // x.itemsize for stride in x.strides)
+    return x[0, 0, :1], (batch if len(x) > 1 else 0, row, column)
+
+
+@parallel_kernel
+def _multiply_blocks(x, x_strides, y, y_strides, out, depth, packed, groups, scratch):
+    """x and y begin at one element; packed (B, panels, K * columns), scratch (workers, BLOCK * ROW)."""
+    count, panels = packed.shape[0], packed.shape[1]
+    for task in prange(count * panels):
+        matrix, panel = np.intp(task) // panels, np.intp(task) % panels
+        _pack_panel(y, y_strides, matrix, panel, depth, out.shape[2], packed)
+    for worker in prange(len(scratch)):
+        _multiply_tasks(np.intp(worker), x, x_strides, packed, out, depth, groups, scratch)
+
+
+@kernel_part
+def _pack_panel(y, strides, matrix, panel, depth, columns, packed):
+    """Write a panel of y's columns, row after row; missing columns are zero."""
+    width, count = columns_of(packed), lanes(packed)
+    first = panel * width
+    valid = min(width, columns - first)
+    batch, row, column = strides
+    source = pointer(y, matrix * batch + first * column)
+    target = pointer(packed[matrix, panel], 0)
+    square = 0  # rows that are copied, a square at a time, from where they are columns
+    if row == 1 and valid == width:
+        square = depth // count * count
+        for k in range(0, square, count):
+            for j in range(0, width, count):
+                place = shifted(source, k + j * column)
+                transpose(place, column, shifted(target, k * width + j), width)
+    for k in range(square, depth):
+        line, place = shifted(source, k * row), shifted(target, k * width)
+        if column == 1:
+            for j in range(valid):
+                place[j] = line[j]
+        else:
+            for j in range(valid):
+                place[j] = line[j * column]
+        for j in range(valid, width):
+            place[j] = 0
+
+
+@kernel_part
+def _multiply_tasks(worker, x, strides, packed, out, depth, groups, scratch):
+    """Each task multiplies a block of x's rows by one of `groups` groups of panels."""
+    rows, columns = out.shape[1], out.shape[2]
+    panels, width = packed.shape[1], columns_of(out)
+    down, part = (rows + BLOCK - 1) // BLOCK, (panels + groups - 1) // groups
+    for task in range(worker, len(out) * down * groups, len(scratch)):
+        matrix, block = task // groups // down, task // groups % down
+        first = block * BLOCK
+        count = min(BLOCK, rows - first)
+        weights = packed[matrix if len(packed) > 1 else 0]
+        for start in range(0, depth, DEPTH):
+            steps = min(DEPTH, depth - start)
+            row, step = _copy_block(x, strides, matrix, first, count, start, steps, scratch[worker])
+            for panel in range(task % groups * part, min((task % groups + 1) * part, panels)):
+                target = (matrix * rows + first) * columns + panel * width
+                microkernel.multiply(
+                    count, pointer(scratch[worker], 0), row, step, 0,
+                    pointer(weights[panel], start * width), width, 0,
+                    pointer(out, target), columns, min(width, columns - panel * width), steps, 1,
+                    start > 0,
+                )  # fmt: skip
+
+
+@kernel_part
+def _copy_block(x, strides, matrix, first, count, start, steps, block):
+    """Copy rows of x, or columns where these are the runs of memory; return the distances."""
+    batch, row, step = strides
+    source = pointer(x, matrix * batch + first * row + start * step)
+    target = pointer(block, 0)
+    if row == 1 and step != 1:
+        for k in range(steps):
+            line, place = shifted(source, k * step), shifted(target, k * BLOCK)
+            for i in range(count):
+                place[i] = line[i]
+        return 1, BLOCK
+    for i in range(count):
+        line, place = shifted(source, i * row), shifted(target, i * ROW)
+        for k in range(steps):
+            place[k] = line[k * step]
+    return ROW, 1
