@@ -11,76 +11,68 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import njit
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.registry import CPUDispatcher
 
-try:
-    from numba.core.codegen import JITCodeLibrary
-    from numba.core.compiler import Compiler
-    from numba.core.registry import CPUDispatcher
-except ImportError:  # pragma: no cover
-    AVAILABLE = False
-else:
-    AVAILABLE = all(
-        hasattr(JITCodeLibrary, name)
-        for name in (
-            "_optimize_final_module",
-            "_finalize_final_module",
-            "_finalize_dynamic_globals",
-        )
-    )
+_HOOKS = ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals")
+_KNOWN = all(hasattr(JITCodeLibrary, name) for name in _HOOKS)
 
 
 def part(function: Callable[..., Any]) -> Any:
     """Make a function that compiled code may call; called from Python it runs as it is written."""
-    if not AVAILABLE:
+    if not _KNOWN:
         return njit(nogil=True)(function)
-    compiled = njit(nogil=True, pipeline_class=_Compiler, no_cpython_wrapper=True)(function)
+    options: Any = {"pipeline_class": _Compiler, "no_cpython_wrapper": True}
+    compiled: Any = njit(nogil=True, **options)(function)
     if isinstance(compiled, CPUDispatcher):  # not where the user switched compilation off
         compiled.__class__ = _Part
     return compiled
 
 
-if AVAILABLE:
+class _Library(JITCodeLibrary):
+    """LLVM code that is linked into other libraries and never run itself."""
 
-    class _Library(JITCodeLibrary):
-        """LLVM code that is linked into other libraries and never run itself."""
+    @property
+    def codegen(self) -> Any:
+        return _WithoutEnvironments(self._codegen)
 
-        @property
-        def codegen(self) -> Any:
-            return _WithoutEnvironments(self._codegen)
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0  # "not defined here"
 
-        def get_pointer_to_function(self, name: str) -> int:
-            return 0  # "not defined here"
+    def _optimize_final_module(self) -> None:
+        pass
 
-        def _optimize_final_module(self) -> None:
-            pass
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
 
-        def _finalize_final_module(self) -> None:
-            self._finalize_dynamic_globals()
-            self._finalized = True
 
-    class _WithoutEnvironments:
-        """A code generator that does not look for a part's environment where no code is.
+class _WithoutEnvironments:
+    """A code generator that does not look for a part's environment where no code is.
 
-        Only code that handles Python objects reads environments.
-        """
+    Only code that handles Python objects reads environments.
+    """
 
-        def __init__(self, codegen: Any) -> None:
-            self._codegen = codegen
+    def __init__(self, codegen: Any) -> None:
+        self._codegen = codegen
 
-        def set_env(self, env_name: str, env: Any) -> None:
-            pass
+    def set_env(self, env_name: str, env: Any) -> None:
+        pass
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._codegen, name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codegen, name)
 
-    class _Compiler(Compiler):
-        """Numba's compiler, with a library of its own for the code."""
 
-        def compile_extra(self, func: Callable[..., Any]) -> Any:
-            if self.state.library is None:
-                self.state.library = _Library(self.state.targetctx.codegen(), func.__qualname__)
-            return super().compile_extra(func)
+class _Compiler(Compiler):
+    """Numba's compiler, with a library of its own for the code."""
 
-    class _Part(CPUDispatcher):
-        def __call__(self, *arguments: Any) -> Any:
-            return self.py_func(*arguments)
+    def compile_extra(self, func: Callable[..., Any]) -> Any:
+        if self.state.library is None:
+            self.state.library = _Library(self.state.targetctx.codegen(), func.__qualname__)
+        return super().compile_extra(func)
+
+
+class _Part(CPUDispatcher):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.py_func(*args, **kwargs)
