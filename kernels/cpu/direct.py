@@ -5,12 +5,12 @@ a kernel is one product of depth S * C. A worker copies the rows that it needs, 
 into scratch (or takes x itself where nothing is padded), and every place is then a plain distance.
 
 In comments: N images, C channels in, K out, H x W pixels in, P x Q out, R x S taps; `own` channels
-are those of one group. Sizes travel as one tuple, `sizes`: see `_sizes`.
+are those of one group. Sizes travel as one tuple, `sizes`: see `taps_and_steps`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import prange
@@ -30,7 +30,7 @@ SCRATCH_BYTES = 256 << 10  # of padded rows: they stay in the L2 cache beside a 
 TASKS = 4  # for each thread, so that they balance
 
 
-def _sizes(geometry: Conv2dGeometry) -> tuple[int, ...]:
+def taps_and_steps(geometry: Conv2dGeometry) -> tuple[int, ...]:
     """Return taps, strides, dilations, padding before, and groups: (R, S, 2, 2, 2, 1 numbers)."""
     (top, _), (left, _) = geometry.padding
     return (
@@ -42,13 +42,13 @@ def _sizes(geometry: Conv2dGeometry) -> tuple[int, ...]:
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def pack(weight: Array, groups: int) -> Array:
+def pack(weight: Array, geometry: Conv2dGeometry) -> Array:
     """Lay weight (K, R, S, C / groups) out as (panels of K, R * S * C / groups, columns).
 
     Each group has panels of its own; missing columns are zero.
     """
     outputs, height, width, channels = weight.shape
-    columns = microkernel.width(weight.dtype)
+    groups, columns = geometry.groups, microkernel.width(weight.dtype)
     panels = groups * -(-(outputs // groups) // columns)
     packed = np.empty((panels, height * width * channels, columns), weight.dtype)
     _pack(weight.reshape(groups, outputs // groups, packed.shape[1]), packed)
@@ -112,9 +112,15 @@ def _copy_rows(x, image, top, left, rows, columns, scratch):
 
 
 def convolve(
-    x: Array, packed: Array, out: Array, geometry: Conv2dGeometry, finish: tuple[Any, ...]
+    x: Array,
+    weight: Array,
+    packed: Array | None,
+    out: Array,
+    geometry: Conv2dGeometry,
+    finish: epilogue.Finish,
 ) -> None:
-    """Convolve x (N, H, W, C) with packed weights into out (N, P, Q, K); see `epilogue`."""
+    """Convolve x (N, H, W, C) with weight, or what `pack` made of it, into out (N, P, Q, K)."""
+    packed = pack(weight, geometry) if packed is None else packed
     threads = get_num_threads()
     rows = _block_rows(geometry, x.itemsize)
     blocks = block_count(geometry, x.itemsize)
@@ -124,7 +130,7 @@ def convolve(
     size = _padded_rows(geometry, rows) * _padded_columns(geometry) * geometry.in_channels
     padded = any(before or after for before, after in geometry.padding)
     with workspace(workers, size if padded else 0, dtype=x.dtype) as scratch:
-        _convolve(x, packed, out, _sizes(geometry), rows, groups, scratch, *finish)
+        _convolve(x, packed, out, taps_and_steps(geometry), rows, groups, scratch, *finish)
 
 
 def block_count(geometry: Conv2dGeometry, itemsize: int) -> int:
@@ -259,7 +265,7 @@ def grad_input(grad: Array, weight: Array, out: Array, geometry: Conv2dGeometry)
     workers = min(threads, blocks * groups)
     size = _grad_rows(geometry, rows) * _grad_columns(geometry) * geometry.out_channels
     with workspace(workers, size, dtype=grad.dtype) as scratch:
-        _grad_input(grad, weight, out, _sizes(geometry), panels, rows, groups, scratch)
+        _grad_input(grad, weight, out, taps_and_steps(geometry), panels, rows, groups, scratch)
 
 
 def whole_columns(weight: Array) -> Array:
@@ -386,7 +392,7 @@ def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
     if parts == 0:
         return out
     with workspace(workers, size, dtype=x.dtype) as scratch:
-        _grad_weight(grad, x, out, _sizes(geometry), ranges, scratch)
+        _grad_weight(grad, x, out, taps_and_steps(geometry), ranges, scratch)
     return out[0] if parts == 1 else out.sum(axis=0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,16 +14,36 @@ if TYPE_CHECKING:
 MOMENTS = 4  # by block and channel: a pixel as origin, a count, sums of distances and their squares
 
 
+class Finish(NamedTuple):
+    """What `finish_pixels` takes: absent arrays are empty, since None would be compiled anew."""
+
+    bias: Array  # (K,)
+    residual: Array  # (N, P, Q, K)
+    relu: bool
+    moments: Array  # (blocks, MOMENTS, K)
+
+
+def absent(ndim: int, dtype: np.dtype) -> Array:
+    return np.empty((0,) * ndim, dtype)
+
+
+def no_finish(blocks: int, dtype: np.dtype) -> Finish:
+    """Leave the result of an algorithm in so many blocks as it is."""
+    return Finish(absent(1, dtype), absent(4, dtype), False, empty_moments(blocks, 0, dtype))
+
+
 def empty_moments(blocks: int, channels: int, dtype: np.dtype) -> Array:
     """Make room for what `finish_pixels` gathers, blocks of pixels by themselves."""
     return np.zeros((blocks, MOMENTS, channels), dtype)
 
 
 def combine_moments(moments: Array) -> tuple[Array, Array]:
-    """Give mean and biased variance by channel, in float64, of all blocks together.
+    """Give mean and biased variance by channel, in float64, of all blocks together; 0 of none.
 
     Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
     """
+    if not len(moments):
+        return np.zeros(moments.shape[2]), np.zeros(moments.shape[2])
     origin, count, total, squares = moments.astype(np.float64).transpose(1, 0, 2)
     offset = total / count
     mean = ((origin + offset) * count).sum(axis=0) / count.sum(axis=0)

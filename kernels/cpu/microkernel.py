@@ -10,15 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import types
 
+from gradengine.kernels.cpu.launch import kernel_part
 from gradengine.kernels.cpu.simd import (
     INDEX,
     REGISTERS,
     VECTOR_BYTES,
     Vector,
     Vectors,
+    intrinsic,
     offset,
     shifted,
 )
@@ -35,7 +36,7 @@ def width(dtype: Any) -> int:
     return WIDTH_BYTES // dtype.itemsize
 
 
-@njit(nogil=True)
+@kernel_part
 def columns_of(array):
     """Return how many columns the tile has for an array's dtype, in compiled code."""
     return WIDTH_BYTES // array.itemsize
@@ -53,7 +54,7 @@ def _cascade(rows: int, rest: Any) -> Any:
         kinds = (a, n, n, n, b, n, n, c, n, n, n, n, types.boolean)
         return types.void(*kinds), lambda *generator: _generate(rows, *generator)
 
-    @njit(nogil=True)
+    @kernel_part
     def multiply(
         count, a, a_row, a_step, a_segment, b, b_step, b_segment, c, c_row, columns, depth,
         segments, adds,
@@ -168,7 +169,7 @@ class _Loop:
             phi.add_incoming(value, block)
 
 
-@njit(nogil=True)
+@kernel_part
 def _nothing(
     count, a, a_row, a_step, a_segment, b, b_step, b_segment, c, c_row, columns, depth, segments,
     adds,

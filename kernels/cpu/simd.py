@@ -12,12 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import config, njit, types
+from numba import config, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
+
+from gradengine.kernels.cpu.launch import kernel_part
 
 INDEX = ir.IntType(64)
 CONTRACT = ("contract",)  # a product and a sum may become one multiply-add
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Make a function that generates code; callers give its arguments without the typing context."""
+    return numba_intrinsic(function)
 
 
 def _features() -> set[str]:
@@ -167,7 +174,7 @@ def shifted(typing_context, place, distance):
     return place(place, types.intp), generate
 
 
-@njit(nogil=True)
+@kernel_part
 def lanes(array):
     """Return how many of an array's elements a vector holds."""
     return VECTOR_BYTES // array.itemsize
@@ -241,7 +248,7 @@ def square_transform(formula: Callable[[list[Any]], list[Any]], size: int) -> An
                     vectors.store(value, place)
         return context.get_dummy_value()
 
-    @njit(nogil=True)
+    @kernel_part
     def call(source, row, column, target, target_row, target_column, vectors):
         transform(source, row, column, target, target_row, target_column, vectors)
 

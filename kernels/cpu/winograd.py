@@ -141,7 +141,12 @@ def _odd_lines(count):
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def pack(weight: Array, flipped: bool) -> Array:
+def pack(weight: Array, geometry: Conv2dGeometry) -> Array:
+    """Transform weight (K, 3, 3, C) once for many convolutions."""
+    return _pack_weight(weight, flipped=False)
+
+
+def _pack_weight(weight: Array, flipped: bool) -> Array:
     """Transform weight (K, 3, 3, C) to (panels of K, 36, C, columns); flipped, K and C swap roles."""
     outputs, inputs = weight.shape[0], weight.shape[3]
     if flipped:
@@ -208,38 +213,62 @@ def _transpose_taps(weight, first, block, taps, at):
 
 # Enough for a panel of weights to be worth its way through the cache; few enough for L2 to hold them.
 BLOCK_TILES = 64
+TASKS = 4  # for each thread, so that they balance
 
 
 def convolve(
     x: Array,
     weight: Array,
+    packed: Array | None,
+    out: Array,
+    geometry: Conv2dGeometry,
+    finish: epilogue.Finish,
+) -> None:
+    """Convolve x (N, H, W, C) with weight (K, 3, 3, C), or what `pack` made of it, into out."""
+    (top, _), (left, _) = geometry.padding
+    _run(x, weight, False, packed, out, (top, left), finish)
+
+
+def grad_input(grad: Array, weight: Array, out: Array, geometry: Conv2dGeometry) -> None:
+    """Write the gradient by x, (N, H, W, C): grad's convolution with the flipped weight."""
+    (top, _), (left, _) = geometry.padding
+    finish = epilogue.no_finish(_block_count(out), out.dtype)
+    _run(grad, weight, True, None, out, (2 - top, 2 - left), finish)
+
+
+def _run(
+    x: Array,
+    weight: Array,
     flipped: bool,
-    packed: Array,
+    packed: Array | None,
     out: Array,
     padding: tuple[int, int],
-    finish: tuple[Any, ...],
+    finish: epilogue.Finish,
 ) -> None:
-    """Convolve x (N, H, W, C) with weight, or with what `pack` made of it, into out (N, P, Q, K).
-
-    padding is (top, left), finish what `epilogue.finish_pixels` takes; the one of weight and packed
-    that is not used is empty. Moments are gathered by blocks: see `block_count`.
-    """
     threads = get_num_threads()
-    blocks = block_count(*out.shape[:3])
+    blocks = _block_count(out)
     rows = -(-len(out) * -(-out.shape[1] // TILE) // blocks)  # all about equally many
     panels = -(-out.shape[3] // microkernel.width(x.dtype))
-    whole = blocks % threads == 0 or blocks >= 4 * threads
-    groups = 1 if whole else min(threads, panels)
-    if blocks > 1 and not packed.size:
-        packed = pack(weight, flipped)
+    even = blocks % threads == 0 or blocks >= TASKS * threads
+    groups = 1 if even else min(threads, panels)
+    if packed is None:  # a weight that is used once is transformed where it is used
+        packed = epilogue.absent(2, x.dtype) if blocks == 1 else _pack_weight(weight, flipped)
     workers = min(threads, blocks * groups)
     size = sum(_scratch_sizes(x, out, rows * -(-out.shape[2] // TILE)))
     with workspace(workers, size, dtype=x.dtype) as scratch:
         _convolve(x, weight, flipped, packed, out, *padding, rows, groups, scratch, *finish)
 
 
-def block_count(batch: int, height: int, width: int) -> int:
-    """Return in how many blocks of tiles an output (N, P, Q, K) is made."""
+def block_count(geometry: Conv2dGeometry, itemsize: int) -> int:
+    """Return in how many blocks of tiles the output is made."""
+    return _blocks(geometry.batch, geometry.out_height, geometry.out_width)
+
+
+def _block_count(out: Array) -> int:
+    return _blocks(*out.shape[:3])
+
+
+def _blocks(batch: int, height: int, width: int) -> int:
     rows = batch * -(-height // TILE)
     return -(-rows // max(BLOCK_TILES // -(-width // TILE), 1))
 
@@ -436,9 +465,10 @@ CHUNK_BYTES = 10 << 20  # of transformed tiles: written by one loop and read by 
 BLOCK_OUTPUTS = 64
 
 
-def grad_weight(grad: Array, x: Array, padding: tuple[int, int]) -> Array:
+def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
     """Give the gradient (K, 3, 3, C) by the weight, for grad (N, P, Q, K) and x (N, H, W, C)."""
     outputs, channels = grad.shape[3], x.shape[3]
+    (top, _), (left, _) = geometry.padding
     out = np.empty((outputs, 3, 3, channels), x.dtype)
     across, tile_rows = -(-grad.shape[2] // TILE), grad.shape[0] * -(-grad.shape[1] // TILE)
     row_bytes = across * PRODUCTS * (channels + outputs + 2 * LINE) * x.itemsize
@@ -456,7 +486,7 @@ def grad_weight(grad: Array, x: Array, padding: tuple[int, int]) -> Array:
             threads if chunks == 1 else tasks, PRODUCTS * BLOCK_OUTPUTS * width, dtype=x.dtype
         ) as sums,
     ):
-        _grad_weight(grad, x, *padding, out, rows, tiles_x, tiles_grad, patches, sums)
+        _grad_weight(grad, x, top, left, out, rows, tiles_x, tiles_grad, patches, sums)
     return out
 
 

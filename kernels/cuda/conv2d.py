@@ -25,7 +25,7 @@ def conv2d(
     residual: Array | None = None,
     relu: bool = False,
 ) -> Array:
-    weight = weight.data if isinstance(weight, tuple) else weight
+    weight = weight[0] if isinstance(weight, tuple) else weight
     matrices = _group_matrices(to_nhwc(weight), geometry)
     shape = (geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels)
     out = array_module(x).empty(shape, x.dtype)
