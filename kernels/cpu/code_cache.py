@@ -24,7 +24,7 @@ from numba.core import compiler, serialize
 from gradengine.kernels.cpu.cache_folder import private_cache_folder
 from gradengine.kernels.cpu.code_identity import machine, read_source, signature, source_digest
 
-_SECONDS = 20  # `python -m gradengine compile` on two cores of a Zen 4
+_SECONDS = 60  # `python -m gradengine compile` on two cores of a Zen 4
 _VARIANTS = 4  # kept for one function and signature: other versions, processors, working copies
 _UNUSED = 90 * 86400  # seconds after which an entry goes
 _ABANDONED = 3600  # seconds after which a file that was never finished goes
