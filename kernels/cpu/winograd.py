@@ -213,6 +213,7 @@ def _transpose_taps(weight, first, block, taps, at):
 
 # Enough for a panel of weights to be worth its way through the cache; few enough for L2 to hold them.
 BLOCK_TILES = 64
+BATCH = 4  # panels that share one pass over the transformed tiles, which come from L3
 TASKS = 4  # for each thread, so that they balance
 
 
@@ -275,14 +276,14 @@ def _blocks(batch: int, height: int, width: int) -> int:
 
 @kernel_part
 def _scratch_sizes(x, out, tiles):
-    """Return how much a worker needs for transformed tiles, products, a panel, its taps, a patch."""
+    """Return how much a worker needs for transformed tiles, products, panels, taps, a patch."""
     channels, width = x.shape[3], columns_of(x)
     return (
         PRODUCTS * _odd_lines(tiles * (channels + LINE)),
-        PRODUCTS * _odd_lines(tiles * width),
-        PRODUCTS * _odd_lines(channels * width),
+        PRODUCTS * _odd_lines(tiles * width * BATCH),
+        PRODUCTS * _odd_lines(channels * width) * BATCH,
         _taps_size(x),
-        max(PRODUCTS * channels, TILE * TILE * width),
+        max(PRODUCTS * channels, TILE * TILE * width * BATCH),
     )
 
 
@@ -340,22 +341,29 @@ def _convolve_block(
         _transform_patches(
             x, top, left, out, tile_row, scratch, at, row, product_in, scratch, spare
         )
-    for number in range(panel, stop_panel):
-        columns = min(width, out.shape[3] - number * width)
-        weights = pointer(scratch, at_panel)
+    step = width * BATCH  # from one tile's products to the next one's
+    for number in range(panel, stop_panel, BATCH):
+        count = min(BATCH, stop_panel - number)
+        weights, distance = pointer(scratch, at_panel), sizes[2] // BATCH
         if packed.size:
-            weights = pointer(packed[number], 0)
+            weights, distance = pointer(packed[number], 0), packed.shape[1]
         else:
-            _pack_panel(weight, flipped, number, weights, scratch, at_taps)
+            for own in range(count):
+                place = shifted(weights, own * distance)
+                _pack_panel(weight, flipped, number + own, place, scratch, at_taps)
         for e in range(PRODUCTS):
-            microkernel.multiply(
-                tiles, pointer(scratch, e * product_in), row, 1, 0,
-                shifted(weights, e * (sizes[2] // PRODUCTS)), width, 0,
-                pointer(scratch, at_products + e * product_out), width, columns, channels, 1, False,
-            )  # fmt: skip
+            for own in range(count):
+                columns = min(width, out.shape[3] - (number + own) * width)
+                microkernel.multiply(
+                    tiles, pointer(scratch, e * product_in), row, 1, 0,
+                    shifted(weights, own * distance + e * (distance // PRODUCTS)), width, 0,
+                    pointer(scratch, at_products + e * product_out + own * width), step, columns,
+                    channels, 1, False,
+                )  # fmt: skip
         _transform_products(
-            scratch, at_products, product_out, spare, out, first, stop, number * width, columns
-        )
+            scratch, at_products, product_out, spare, out, first, stop, number * width,
+            min(step, out.shape[3] - number * width),
+        )  # fmt: skip
 
 
 @kernel_part
@@ -434,7 +442,7 @@ def _transform_products(
     """Write A' m A of each tile's products m into `count` channels of out."""
     height, columns, outputs = out.shape[1], out.shape[2], out.shape[3]
     down, across = _tiles(out)
-    width = columns_of(out)
+    width = columns_of(out) * BATCH
     for tile_row in range(first, stop):
         image, y = tile_row // down, tile_row % down * TILE
         for tile_column in range(across):
