@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gradengine.kernels.geometry import Conv2dGeometry
     from gradengine.kernels.layout import Array
 
-SCRATCH_BYTES = 256 << 10  # of padded rows: they stay in the L2 cache beside a panel of weights
+BLOCK_BYTES = 512 << 10  # of rows read and written: they stay in L2 beside a panel of weights
 TASKS = 4  # for each thread, so that they balance
 
 
@@ -139,10 +139,11 @@ def block_count(geometry: Conv2dGeometry, itemsize: int) -> int:
 
 
 def _block_rows(geometry: Conv2dGeometry, itemsize: int) -> int:
-    """Return how many output rows of an image one block makes."""
-    row_bytes = _padded_columns(geometry) * geometry.in_channels * itemsize
+    """Return how many output rows of an image one block makes: they and what they read fit L2."""
+    read = _padded_columns(geometry) * geometry.in_channels * itemsize
+    made = geometry.out_width * geometry.out_channels * itemsize
     rows = geometry.out_height
-    while rows > 1 and _padded_rows(geometry, rows) * row_bytes > SCRATCH_BYTES:
+    while rows > 1 and _padded_rows(geometry, rows) * read + rows * made > BLOCK_BYTES:
         rows = (rows + 1) // 2
     return rows
 
@@ -275,9 +276,10 @@ def whole_columns(weight: Array) -> Array:
 
 
 def _grad_block_rows(geometry: Conv2dGeometry, itemsize: int) -> int:
-    row_bytes = _grad_columns(geometry) * geometry.out_channels * itemsize
+    read = _grad_columns(geometry) * geometry.out_channels * itemsize
+    made = geometry.width * geometry.in_channels * itemsize
     rows = geometry.height
-    while rows > 1 and _grad_rows(geometry, rows) * row_bytes > SCRATCH_BYTES:
+    while rows > 1 and _grad_rows(geometry, rows) * read + rows * made > BLOCK_BYTES:
         rows = (rows + 1) // 2
     return rows
 
@@ -375,70 +377,108 @@ def _clear(out, at, pixels, distance, count):
 
 PARTS = 4  # of the batch, each with sums of its own; fixed: any number of threads gives equal bits
 SMALL_BYTES = 1 << 20
+GRAD_BYTES = 256 << 10  # of rows of grad, which all taps pass: they stay in L2
 
 
 def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
-    """Give the gradient (K, R, S, own C) by the weight, for grad (N, P, Q, K) and x (N, H, W, C)."""
+    """Give the gradient (K, R, S, own C) by the weight, for grad (N, P, Q, K) and x (N, H, W, C).
+
+    Where a row of the kernel is shorter than the microkernel is wide, as for three channels, x and
+    grad change roles and the gradient is made transposed.
+    """
     outputs, own, height, width = geometry.weight_shape
-    shape = (outputs, height, width, own)
+    columns = microkernel.width(x.dtype)
+    joined = geometry.groups == 1 and geometry.dilation[1] == 1
+    swapped = joined and width * own < columns
+    shape = (height, width, own, outputs) if swapped else (outputs, height, width, own)
     small = outputs * height * width * own * x.itemsize <= SMALL_BYTES
     parts = min(geometry.batch, PARTS if small else 2)
     threads = get_num_threads()
-    ranges = min(-(-threads // max(parts, 1)), outputs // geometry.groups)
-    workers = min(threads, parts * ranges)
-    rows, columns = _padded_rows(geometry, geometry.out_height), _padded_columns(geometry)
-    size = rows * columns * geometry.in_channels + microkernel.width(x.dtype)
-    out = np.zeros(shape, x.dtype) if parts == 0 else np.empty((parts, *shape), x.dtype)
-    if parts == 0:
-        return out
-    with workspace(workers, size, dtype=x.dtype) as scratch:
-        _grad_weight(grad, x, out, taps_and_steps(geometry), ranges, scratch)
-    return out[0] if parts == 1 else out.sum(axis=0)
+    ranges = 1 if swapped else min(-(-threads // parts), outputs // geometry.groups)
+    out = np.empty((parts, *shape), x.dtype)
+    # Unless a whole number of tiles fits, what follows the last pixel is read, though never used.
+    copied = any(map(any, geometry.padding)) or (width * own if joined else own) % columns
+    size = _padded_rows(geometry, geometry.out_height) * _padded_columns(geometry)
+    size = size * geometry.in_channels + columns if copied else 0
+    rows = max(GRAD_BYTES // (geometry.out_width * outputs * x.itemsize), 1)
+    with workspace(min(threads, parts * ranges), size, dtype=x.dtype) as scratch:
+        _grad_weight(grad, x, out, taps_and_steps(geometry), ranges, rows, swapped, scratch)
+    total = out[0] if parts == 1 else out.sum(axis=0)
+    return np.ascontiguousarray(total.transpose(3, 0, 1, 2)) if swapped else total
 
 
 @parallel_kernel
-def _grad_weight(grad, x, out, sizes, ranges, scratch):
+def _grad_weight(grad, x, out, sizes, ranges, rows, swapped, scratch):
     for worker in prange(len(scratch)):
-        _grad_weight_parts(np.intp(worker), grad, x, out, sizes, ranges, scratch)
+        _grad_weight_parts(np.intp(worker), grad, x, out, sizes, ranges, rows, swapped, scratch)
 
 
 @kernel_part
-def _grad_weight_parts(worker, grad, x, out, sizes, ranges, scratch):
+def _grad_weight_parts(worker, grad, x, out, sizes, ranges, rows, swapped, scratch):
     """Each task sums some images' gradients, for one of `ranges` ranges of each group's outputs."""
     height, width, down, along, spread_r, spread_s, top, left, groups = sizes
-    rows = (grad.shape[1] - 1) * down + (height - 1) * spread_r + 1
-    across = (grad.shape[2] - 1) * along + (width - 1) * spread_s + 1
     own = grad.shape[3] // groups
     length = (own + ranges - 1) // ranges
     for task in range(worker, len(out) * ranges, len(scratch)):
-        part, first = task // ranges, task % ranges * length
+        part, begin = task // ranges, task % ranges * length
         start, stop = part * len(x) // len(out), (part + 1) * len(x) // len(out)
         for image in range(start, stop):
-            _copy_rows(x, image, -top, -left, rows, across, scratch[worker])
-            for group in range(groups):
-                _add_image(
-                    grad, image, x.shape[3], out[part], sizes, group, group * own + first,
-                    min(length, own - first), across, scratch[worker], image > start,
+            across = x.shape[2]
+            pixels = pointer(x, image * x.shape[1] * across * x.shape[3])
+            if scratch.size:
+                across = (grad.shape[2] - 1) * along + (width - 1) * spread_s + 1
+                lines = (grad.shape[1] - 1) * down + (height - 1) * spread_r + 1
+                _copy_rows(x, image, -top, -left, lines, across, scratch[worker])
+                pixels = pointer(scratch[worker], 0)
+            for first in range(0, grad.shape[1], rows):
+                count = min(rows, grad.shape[1] - first)
+                adds = image > start or first > 0
+                source = shifted(pixels, first * down * across * x.shape[3])
+                at = (image * grad.shape[1] + first) * grad.shape[2] * grad.shape[3]
+                if swapped:
+                    _add_rows_swapped(
+                        grad, at, count, source, across * x.shape[3], x, out[part], sizes, adds
+                    )
+                    continue
+                for group in range(groups):
+                    _add_rows(
+                        grad, at, count, source, across * x.shape[3], x, out[part], sizes, group,
+                        group * own + begin, min(length, own - begin), adds,
+                    )  # fmt: skip
+
+
+@kernel_part
+def _add_rows(grad, at, rows, source, line, x, out, sizes, group, first, count, adds):
+    """Add some rows' products to the gradient (K, R, S, own C) of `count` outputs of a group."""
+    height, width, down, along, spread_r, spread_s, _, _, groups = sizes
+    channels, own = x.shape[3], out.shape[3]
+    joined = groups == 1 and spread_s == 1
+    run, step = width * own if joined else own, columns_of(out)
+    for r in range(height):
+        for s in range(1 if joined else width):
+            pixels = shifted(source, r * spread_r * line + s * spread_s * channels + group * own)
+            target = ((first * height + r) * width + s) * own
+            for column in range(0, run, step):
+                microkernel.multiply(
+                    count, pointer(grad, at + first), 1, grad.shape[3],
+                    grad.shape[2] * grad.shape[3],
+                    shifted(pixels, column), along * channels, down * line,
+                    pointer(out, target + column), height * width * own, min(step, run - column),
+                    grad.shape[2], rows, adds,
                 )  # fmt: skip
 
 
 @kernel_part
-def _add_image(grad, image, channels, out, sizes, group, first, count, across, scratch, adds):
-    """Add one image's products to the gradient (K, R, S, own C) of `count` outputs of a group."""
-    height, width, down, along, spread_r, spread_s, _, _, groups = sizes
-    own = out.shape[3]
-    joined = groups == 1 and spread_s == 1
-    run = width * own if joined else own
-    step = columns_of(out)
-    source = pointer(grad, image * grad.shape[1] * grad.shape[2] * grad.shape[3] + first)
+def _add_rows_swapped(grad, at, rows, source, line, x, out, sizes, adds):
+    """Add some rows' products to the transposed gradient (R, S, C, K)."""
+    height, width, down, along, spread_r = sizes[:5]
+    channels, outputs, step = x.shape[3], out.shape[3], columns_of(out)
+    run = width * channels
     for r in range(height):
-        for s in range(1 if joined else width):
-            at = r * spread_r * across * channels + s * spread_s * channels + group * own
-            target = ((first * height + r) * width + s) * own
-            for column in range(0, run, step):
-                microkernel.multiply(
-                    count, source, 1, grad.shape[3], grad.shape[2] * grad.shape[3],
-                    pointer(scratch, at + column), along * channels, down * across * channels,
-                    pointer(out, target + column), height * width * own, min(step, run - column),
-                    grad.shape[2], grad.shape[1], adds,
-                )  # fmt: skip
+        for column in range(0, outputs, step):
+            microkernel.multiply(
+                run, shifted(source, r * spread_r * line), 1, along * channels, down * line,
+                pointer(grad, at + column), outputs, grad.shape[2] * outputs,
+                pointer(out, r * run * outputs + column), outputs, min(step, outputs - column),
+                grad.shape[2], rows, adds,
+            )  # fmt: skip

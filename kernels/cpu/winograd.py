@@ -362,7 +362,7 @@ def _convolve_block(
                 )  # fmt: skip
         _transform_products(
             scratch, at_products, product_out, spare, out, first, stop, number * width,
-            min(step, out.shape[3] - number * width),
+            min(count * width, out.shape[3] - number * width),
         )  # fmt: skip
 
 
