@@ -8,7 +8,7 @@ In comments: N images, C channels in, K out, P x Q pixels out, R x S taps; a col
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import prange
@@ -71,7 +71,7 @@ def _copy_columns(x, out, first, stop, sizes, scratch, row):
 def convolve(
     x: Array,
     weight: Array,
-    packed: Array | None,
+    packed: Any,
     out: Array,
     geometry: Conv2dGeometry,
     finish: epilogue.Finish,

@@ -88,13 +88,15 @@ def _forward(
     """Give the result (N, P, Q, K), and the moments of its blocks if they are wanted."""
     batch, outputs, height, width = geometry.output_shape
     out = np.empty((batch, height, width, outputs), x.dtype)
-    packed = weight.data if isinstance(weight, tuple) else None  # the seam's PackedConv2d
+    packed: Any = weight[0] if isinstance(weight, tuple) else None  # the seam's PackedConv2d
     algorithm = packed.algorithm if packed else _algorithm(geometry, x.dtype)
     blocks = algorithm.block_count(geometry, x.itemsize)
     moments = epilogue.empty_moments(blocks, outputs if wants_moments else 0, x.dtype)
     if batch:
         finish = epilogue.Finish(
-            epilogue.absent(1, x.dtype) if bias is None else np.require(bias, requirements="CW"),
+            epilogue.absent(1, x.dtype)
+            if bias is None
+            else np.require(bias, requirements=["C", "W"]),
             epilogue.absent(4, x.dtype) if residual is None else kernel_input(residual),
             relu,
             moments,

@@ -10,7 +10,7 @@ are those of one group. Sizes travel as one tuple, `sizes`: see `taps_and_steps`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import prange
@@ -114,18 +114,20 @@ def _copy_rows(x, image, top, left, rows, columns, scratch):
 def convolve(
     x: Array,
     weight: Array,
-    packed: Array | None,
+    packed: Any,
     out: Array,
     geometry: Conv2dGeometry,
     finish: epilogue.Finish,
 ) -> None:
     """Convolve x (N, H, W, C) with weight, or what `pack` made of it, into out (N, P, Q, K)."""
-    packed = pack(weight, geometry) if packed is None else packed
+    if packed is None:
+        packed = pack(weight, geometry)
+    panels = packed.shape[0]
     threads = get_num_threads()
     rows = _block_rows(geometry, x.itemsize)
     blocks = block_count(geometry, x.itemsize)
     even = blocks >= TASKS * threads or blocks % threads == 0
-    groups = 1 if even else min(threads, len(packed))
+    groups = 1 if even else min(threads, panels)
     workers = min(threads, blocks * groups)
     size = _padded_rows(geometry, rows) * _padded_columns(geometry) * geometry.in_channels
     padded = any(before or after for before, after in geometry.padding)

@@ -29,9 +29,10 @@ def intrinsic(function: Callable[..., Any]) -> Any:
 
 def _features() -> set[str]:
     """Return the vector extensions that Numba compiles for."""
-    if config.CPU_FEATURES is not None:
-        return {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
-    if config.CPU_NAME == "generic":
+    settings: Any = config
+    if settings.CPU_FEATURES is not None:
+        return {name[1:] for name in settings.CPU_FEATURES.split(",") if name.startswith("+")}
+    if settings.CPU_NAME == "generic":
         return set()
     if platform.machine() in ("aarch64", "arm64"):
         return {"neon", "fma"}
