@@ -62,7 +62,9 @@ def run(*arguments: str | Path) -> str:
         output, errors = process.communicate(timeout=280)
     finally:
         process.kill()
-    assert (process.returncode, errors) == (0, "")
+    # The first process on a machine says that it compiles.
+    others = [line for line in errors.splitlines() if not line.startswith("gradengine: compiling")]
+    assert (process.returncode, others) == (0, [])
     return output
 
 
