@@ -81,7 +81,8 @@ def _start(x: Array) -> tuple[Array, tuple[int, ...]]:
 
     Compiled code takes these for any memory, where arrays of each layout are types of their own.
     """
-    x = x if x.flags.writeable else x.copy()
+    # A field of packed records may lie between elements: its memory is not aligned.
+    x = x if x.flags.writeable and x.flags.aligned else x.copy()
     batch, row, column = (stride // x.itemsize for stride in x.strides)
     return x[0, 0, :1], (batch if len(x) > 1 else 0, row, column)
 
