@@ -5,7 +5,16 @@ import pytest
 
 import gradengine as ge
 from gradengine import kernels
-from gradengine.kernels.cpu import columns, conv2d, direct, epilogue, threads, winograd, workspace
+from gradengine.kernels.cpu import (
+    columns,
+    conv2d,
+    direct,
+    epilogue,
+    microkernel,
+    threads,
+    winograd,
+    workspace,
+)
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.kernels import references as reference
 from tests.kernels.memory import TOLERANCES, assert_close
@@ -20,6 +29,7 @@ CASES = {
     "stem": ((1, 3, 21, 19), (33, 3, 7, 7), 2, 3, 1, 1),
     "pairs": ((2, 6, 14, 17), (35, 6, 3, 2), (2, 1), (0, 2), (1, 3), 1),
     "stride_skips_pixels": ((2, 4, 11, 10), (5, 4, 2, 2), 3, 0, 1, 1),
+    "reads_only_padding": ((2, 4, 1, 1), (5, 4, 2, 2), 9, 3, 1, 1),
     "stride_wider_than_x": ((2, 4, 3, 2), (5, 4, 2, 1), 5, 0, 1, 1),
     "same_even_kernel": ((2, 3, 10, 15), (6, 3, 4, 2), 1, "same", 1, 1),
     "pointwise": ((3, 37, 5, 9), (65, 37, 1, 1), 1, 0, 1, 1),
@@ -143,9 +153,27 @@ def test_a_packed_weight_gives_equal_bits(name, case, dtype, use, rng):
         np.testing.assert_array_equal(kernels.conv2d(x, packed, bias, geometry), expected)
 
 
+@pytest.mark.parametrize("case", ["odd_sizes", "no_padding", "wide_groups", "pointwise"])
+def test_packed_panels_are_filled_up_with_zeros(case, rng):
+    geometry, _, weight, _ = made(case, rng, SINGLE)
+    outputs, own, height, width = geometry.weight_shape
+    own_outputs, wide = outputs // geometry.groups, microkernel.width(SINGLE)
+    packed = direct.pack(np.ascontiguousarray(weight.transpose(0, 2, 3, 1)), geometry)
+    panels = packed.reshape(geometry.groups, -1, height, width, own, wide)
+    filled = panels.transpose(0, 1, 5, 4, 2, 3).reshape(geometry.groups, -1, own, height, width)
+    expected = weight.reshape(geometry.groups, own_outputs, own, height, width)
+    np.testing.assert_array_equal(filled[:, :own_outputs], expected)
+    assert not filled[:, own_outputs:].any()
+
+
 SMALLER = {
     "columns": {"CHUNK_BYTES": (1, 70 * 88 * 4)},
-    "direct": {"BLOCK_BYTES": (1, 5000), "PARTS": (1, 3), "SMALL_BYTES": (0,)},
+    "direct": {
+        "BLOCK_BYTES": (1, 5000),
+        "GRAD_BYTES": (1, 2000),
+        "PARTS": (1, 3),
+        "SMALL_BYTES": (0,),
+    },
     "winograd": {"BLOCK_TILES": (1, 7, 13), "CHUNK_BYTES": (1, 200_000), "TASKS": (1, 100)},
 }
 
@@ -366,7 +394,7 @@ def test_winograd_is_for_whole_vectors_of_float32_under_3x3(geometry, dtype):
     assert chosen((2, 64, 56, 56), (64, 64, 3, 3), 1, 1) is winograd
 
 
-def test_columns_are_for_small_planes_without_groups():
+def test_filledare_for_small_planes_without_groups():
     assert chosen((2, 64, 7, 7), (64, 64, 1, 1)) is columns
     assert chosen((2, 64, 7, 7), (64, 32, 1, 1), 1, 0, 1, 2) is direct
     assert chosen((2, 64, 28, 28), (64, 64, 1, 1)) is direct

@@ -109,7 +109,7 @@ def test_read_only_arrays_are_left_alone(dtype, rng, blocked):
     "records", [[("value", "f4"), ("sign", "i1")], [("flag", "?"), ("value", "f4")]]
 )
 def test_a_field_of_packed_records(records, rng, blocked):
-    x, y = (np.zeros(shape, records)["value"] for shape in ((40, 50), (50, 60)))
+    x, y = (np.zeros(shape, np.dtype(records))["value"] for shape in ((40, 50), (50, 60)))
     x[...], y[...] = drawn(rng, DTYPES[0], 40, 50), drawn(rng, DTYPES[0], 50, 60)
     assert x.strides[1] == 5
     check(x, y, DTYPES[0])
