@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange, vectorize
+from numba import vectorize
 
 from gradengine.kernels import PARALLEL_SIZE
-from gradengine.kernels.cpu.launch import parallel_kernel
+from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
 
 # Elements of one piece of work.
@@ -20,7 +21,7 @@ def relu(x: Array) -> Array:
     if flat is None:
         return np.maximum(x, 0)
     out = np.empty_like(x)
-    _relu(*flat, out.ravel("K"))
+    _relu(get_num_threads(), *flat, out.ravel("K"))
     return out
 
 
@@ -28,7 +29,7 @@ def relu_grad(grad: Array, out: Array) -> Array:
     flat = _flat(grad, out)
     if flat is not None:
         by_x = np.empty_like(grad)
-        _relu_grad(*flat, by_x.ravel("K"))
+        _relu_grad(get_num_threads(), *flat, by_x.ravel("K"))
         return by_x
     if grad.dtype == np.float16:  # which Numba does not compile for CPUs
         return np.where(out == 0, np.float16(0), grad)
@@ -60,8 +61,8 @@ _pass_where_nonzero: Any = vectorize(
 
 
 @parallel_kernel
-def _relu(x, out):
-    for row in prange((len(x) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
+def _relu(worker, workers, x, out):
+    for row in own_range(worker, workers, (len(x) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
         values = x[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         target = out[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         for i in range(len(values)):
@@ -69,8 +70,8 @@ def _relu(x, out):
 
 
 @parallel_kernel
-def _relu_grad(grad, gate, out):
-    for row in prange((len(grad) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
+def _relu_grad(worker, workers, grad, gate, out):
+    for row in own_range(worker, workers, (len(grad) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
         values = grad[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         gates = gate[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         target = out[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]

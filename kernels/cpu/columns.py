@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import prange
 
 from gradengine.kernels.cpu import epilogue, microkernel
 from gradengine.kernels.cpu.direct import pack, pack_panel, taps_and_steps, whole_columns
@@ -87,7 +86,8 @@ def convolve(
     size = BLOCK * (depth + PAD) + (0 if packed.size else depth * width)
     weight = weight.reshape(1, len(weight), -1) if weight.size else epilogue.absent(3, x.dtype)
     with workspace(workers, size, dtype=x.dtype) as scratch:
-        _convolve(x, weight, packed, out, taps_and_steps(geometry), groups, scratch, *finish)
+        sizes = taps_and_steps(geometry)
+        _convolve(workers, x, weight, packed, out, sizes, groups, scratch, *finish)
 
 
 def block_count(geometry: Conv2dGeometry, itemsize: int) -> int:
@@ -96,26 +96,19 @@ def block_count(geometry: Conv2dGeometry, itemsize: int) -> int:
 
 
 @parallel_kernel
-def _convolve(x, weight, packed, out, sizes, groups, scratch, bias, residual, relu, moments):
-    """weight (1, K, column) or packed (panels, column, columns of the microkernel)."""
-    for worker in prange(len(scratch)):
-        _convolve_blocks(
-            np.intp(worker), x, weight, packed, out, sizes, groups, scratch, bias, residual, relu,
-            moments,
-        )  # fmt: skip
-
-
-@kernel_part
-def _convolve_blocks(
-    worker, x, weight, packed, out, sizes, groups, scratch, bias, residual, relu, moments
+def _convolve(
+    worker, workers, x, weight, packed, out, sizes, groups, scratch, bias, residual, relu, moments
 ):
-    """Each task makes BLOCK pixels for one of `groups` groups of panels."""
+    """Each task makes BLOCK pixels for one of `groups` groups of panels.
+
+    weight (1, K, column) or packed (panels, column, columns of the microkernel).
+    """
     own = scratch[worker]
     outputs, width = out.shape[3], columns_of(out)
     pixels, panels = out.size // outputs, (outputs + width - 1) // width
     depth, part = sizes[0] * sizes[1] * x.shape[3], (panels + groups - 1) // groups
     row = depth + PAD
-    for task in range(worker, (pixels + BLOCK - 1) // BLOCK * groups, len(scratch)):
+    for task in range(worker, (pixels + BLOCK - 1) // BLOCK * groups, workers):
         block, panel = task // groups, task % groups * part
         first, stop = block * BLOCK, min((block + 1) * BLOCK, pixels)
         stop_panel = min(panel + part, panels)
@@ -148,22 +141,16 @@ def grad_input(grad: Array, weight: Array, out: Array, geometry: Conv2dGeometry)
     workers = min(get_num_threads(), panels)
     size = BLOCK * microkernel.width(grad.dtype)
     with workspace(workers, size, dtype=grad.dtype) as scratch:
-        _grad_input(grad, weight, out, taps_and_steps(geometry), scratch)
+        _grad_input(workers, grad, weight, out, taps_and_steps(geometry), scratch)
 
 
 @parallel_kernel
-def _grad_input(grad, weight, out, sizes, scratch):
-    for worker in prange(len(scratch)):
-        _grad_input_panels(np.intp(worker), grad, weight, out, sizes, scratch)
-
-
-@kernel_part
-def _grad_input_panels(worker, grad, weight, out, sizes, scratch):
+def _grad_input(worker, workers, grad, weight, out, sizes, scratch):
     """Each task makes one panel of channels of all pixels: no two tasks add to one place."""
     width = columns_of(out)
     outputs, taps = grad.shape[3], weight.shape[1] * weight.shape[2]
     pixels, own = grad.size // outputs, scratch[worker]
-    for panel in range(worker, weight.shape[3] // width, len(scratch)):
+    for panel in range(worker, weight.shape[3] // width, workers):
         channel = panel * width
         count = min(width, out.shape[3] - channel)
         for pixel in range(out.size // out.shape[3]):
@@ -217,26 +204,23 @@ def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
     chunk = min(max(CHUNK_BYTES // (row * x.itemsize), BLOCK), pixels)
     # What is read beyond the last column is multiplied, and never stored.
     with workspace(chunk * row + microkernel.width(x.dtype), dtype=x.dtype) as columns:
-        _grad_weight(grad, x, out, taps_and_steps(geometry), chunk, get_num_threads(), columns)
+        sizes, workers = taps_and_steps(geometry), get_num_threads()
+        for first in range(0, pixels, chunk):
+            stop = min(first + chunk, pixels)
+            _copy_chunk(workers, x, grad, first, stop, sizes, row, columns)
+            _add_products(workers, grad, first, stop, columns, out)
     return out
 
 
 @parallel_kernel
-def _grad_weight(grad, x, out, sizes, chunk, workers, columns):
-    """In chunks of pixels: copy their columns, then add to the products."""
-    pixels = grad.size // grad.shape[3]
-    for first in range(0, pixels, chunk):
-        stop = min(first + chunk, pixels)
-        for worker in prange(workers):
-            begin = first + (stop - first) * np.intp(worker) // workers
-            end = first + (stop - first) * (np.intp(worker) + 1) // workers
-            row = out.size // len(out) + PAD
-            _copy_columns(x, grad, begin, end, sizes, columns[(begin - first) * row :], row)
-        for worker in prange(workers):
-            _add_products(np.intp(worker), workers, grad, first, stop, columns, out)
+def _copy_chunk(worker, workers, x, grad, first, stop, sizes, row, columns):
+    """Copy the columns of the pixels first to stop of grad, in rows of `row`."""
+    begin = first + (stop - first) * worker // workers
+    end = first + (stop - first) * (worker + 1) // workers
+    _copy_columns(x, grad, begin, end, sizes, columns[(begin - first) * row :], row)
 
 
-@kernel_part
+@parallel_kernel
 def _add_products(worker, workers, grad, first, stop, columns, out):
     """Each task adds to one panel of the columns, for all outputs."""
     outputs, width = len(out), columns_of(out)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import prange
 
 from gradengine.kernels.cpu import epilogue, microkernel
 from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
@@ -51,14 +50,15 @@ def pack(weight: Array, geometry: Conv2dGeometry) -> Array:
     groups, columns = geometry.groups, microkernel.width(weight.dtype)
     panels = groups * -(-(outputs // groups) // columns)
     packed = np.empty((panels, height * width * channels, columns), weight.dtype)
-    _pack(weight.reshape(groups, outputs // groups, packed.shape[1]), packed)
+    rows = weight.reshape(groups, outputs // groups, packed.shape[1])
+    _pack(min(get_num_threads(), panels), rows, packed)
     return packed
 
 
 @parallel_kernel
-def _pack(weight, packed):
-    for panel in prange(len(packed)):
-        pack_panel(weight, np.intp(panel), pointer(packed[np.intp(panel)], 0))
+def _pack(worker, workers, weight, packed):
+    for panel in range(worker, len(packed), workers):
+        pack_panel(weight, panel, pointer(packed[panel], 0))
 
 
 @kernel_part
@@ -132,7 +132,8 @@ def convolve(
     size = _padded_rows(geometry, rows) * _padded_columns(geometry) * geometry.in_channels
     padded = any(before or after for before, after in geometry.padding)
     with workspace(workers, size if padded else 0, dtype=x.dtype) as scratch:
-        _convolve(x, packed, out, taps_and_steps(geometry), rows, groups, scratch, *finish)
+        sizes = taps_and_steps(geometry)
+        _convolve(workers, x, packed, out, sizes, rows, groups, scratch, *finish)
 
 
 def block_count(geometry: Conv2dGeometry, itemsize: int) -> int:
@@ -162,23 +163,14 @@ def _padded_columns(geometry: Conv2dGeometry) -> int:
 
 
 @parallel_kernel
-def _convolve(x, packed, out, sizes, rows, groups, scratch, bias, residual, relu, moments):
-    for worker in prange(len(scratch)):
-        _convolve_blocks(
-            np.intp(worker), x, packed, out, sizes, rows, groups, scratch, bias, residual, relu,
-            moments,
-        )  # fmt: skip
-
-
-@kernel_part
-def _convolve_blocks(
-    worker, x, packed, out, sizes, rows, groups, scratch, bias, residual, relu, moments
+def _convolve(
+    worker, workers, x, packed, out, sizes, rows, groups, scratch, bias, residual, relu, moments
 ):
     """Each task makes `rows` output rows of one image, for one of `groups` ranges of panels."""
     height, width = out.shape[1], out.shape[2]
     down = (height + rows - 1) // rows
     part = (len(packed) + groups - 1) // groups
-    for task in range(worker, len(x) * down * groups, len(scratch)):
+    for task in range(worker, len(x) * down * groups, workers):
         block, panel = task // groups, task % groups * part
         stop_panel = min(panel + part, len(packed))
         if panel >= stop_panel:
@@ -268,7 +260,8 @@ def grad_input(grad: Array, weight: Array, out: Array, geometry: Conv2dGeometry)
     workers = min(threads, blocks * groups)
     size = _grad_rows(geometry, rows) * _grad_columns(geometry) * geometry.out_channels
     with workspace(workers, size, dtype=grad.dtype) as scratch:
-        _grad_input(grad, weight, out, taps_and_steps(geometry), panels, rows, groups, scratch)
+        sizes = taps_and_steps(geometry)
+        _grad_input(workers, grad, weight, out, sizes, panels, rows, groups, scratch)
 
 
 def whole_columns(weight: Array) -> Array:
@@ -298,18 +291,12 @@ def _grad_columns(geometry: Conv2dGeometry) -> int:
 
 
 @parallel_kernel
-def _grad_input(grad, weight, out, sizes, panels, rows, groups, scratch):
-    for worker in prange(len(scratch)):
-        _grad_input_blocks(np.intp(worker), grad, weight, out, sizes, panels, rows, groups, scratch)
-
-
-@kernel_part
-def _grad_input_blocks(worker, grad, weight, out, sizes, panels, rows, groups, scratch):
+def _grad_input(worker, workers, grad, weight, out, sizes, panels, rows, groups, scratch):
     """Each task makes `rows` input rows of one image, for one of `groups` ranges of panels."""
     height = out.shape[1]
     down = (height + rows - 1) // rows
     part = (panels + groups - 1) // groups
-    for task in range(worker, len(out) * down * groups, len(scratch)):
+    for task in range(worker, len(out) * down * groups, workers):
         block, panel = task // groups, task % groups * part
         first = block % down * rows
         _grad_input_rows(
@@ -403,25 +390,21 @@ def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
     size = _padded_rows(geometry, geometry.out_height) * _padded_columns(geometry)
     size = size * geometry.in_channels + columns if copied else 0
     rows = max(GRAD_BYTES // (geometry.out_width * outputs * x.itemsize), 1)
-    with workspace(min(threads, parts * ranges), size, dtype=x.dtype) as scratch:
-        _grad_weight(grad, x, out, taps_and_steps(geometry), ranges, rows, swapped, scratch)
+    workers = min(threads, parts * ranges)
+    with workspace(workers, size, dtype=x.dtype) as scratch:
+        sizes = taps_and_steps(geometry)
+        _grad_weight(workers, grad, x, out, sizes, ranges, rows, swapped, scratch)
     total = out[0] if parts == 1 else out.sum(axis=0)
     return np.ascontiguousarray(total.transpose(3, 0, 1, 2)) if swapped else total
 
 
 @parallel_kernel
-def _grad_weight(grad, x, out, sizes, ranges, rows, swapped, scratch):
-    for worker in prange(len(scratch)):
-        _grad_weight_parts(np.intp(worker), grad, x, out, sizes, ranges, rows, swapped, scratch)
-
-
-@kernel_part
-def _grad_weight_parts(worker, grad, x, out, sizes, ranges, rows, swapped, scratch):
+def _grad_weight(worker, workers, grad, x, out, sizes, ranges, rows, swapped, scratch):
     """Each task sums some images' gradients, for one of `ranges` ranges of each group's outputs."""
     height, width, down, along, spread_r, spread_s, top, left, groups = sizes
     own = grad.shape[3] // groups
     length = (own + ranges - 1) // ranges
-    for task in range(worker, len(out) * ranges, len(scratch)):
+    for task in range(worker, len(out) * ranges, workers):
         part, begin = task // ranges, task % ranges * length
         start, stop = part * len(x) // len(out), (part + 1) * len(x) // len(out)
         for image in range(start, stop):

@@ -1,16 +1,17 @@
-"""Compile and launch parallel Numba functions."""
+"""Compile functions by Numba and launch them on all cores."""
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from numba import njit
+from numba import config, njit
 
 from gradengine.kernels.cpu.code_cache import keep_code
 from gradengine.kernels.cpu.memory import keep_freed_memory
 from gradengine.kernels.cpu.parts import part
 from gradengine.kernels.cpu.threads import LAUNCH_LOCK, prepare_launch, start_threads
+from gradengine.kernels.cpu.workers import launcher, run_workers
 from gradengine.kernels.layout import Array, to_nhwc
 
 if TYPE_CHECKING:
@@ -20,26 +21,44 @@ start_threads()
 keep_freed_memory()
 
 
-def parallel_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function for all cores on its first call; one launch runs at a time.
+def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
+    """Compile function(worker, workers, *arguments) for all cores: kernel(workers, *arguments).
 
-    The compiled code is kept on disk (see `code_cache`). A forked process runs the function on one
-    core, with the same result. What the function calls is a `kernel_part`.
+    Workers 0 to `workers` - 1 share the work, each on a core where there are as many; in a forked
+    process they run one after the other, with the same result. One launch runs at a time. The
+    compiled code is kept on disk (see `code_cache`). What the function calls is a `kernel_part`.
+
+    Raises:
+        RuntimeError: a worker raised an exception.
     """
-    compiled = njit(parallel=True, nogil=True)(function)
+    if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]
+        return _plain(function)
+    body = part(function, apart=True)
+
+    def entry(launch, workers, *arguments):
+        return run_workers(body, launch, workers, arguments)
+
+    options: Any = {"no_cfunc_wrapper": True}
+    compiled = njit(nogil=True, error_model="numpy", **options)(entry)
     keep_code(compiled, function)
 
-    @cache
-    def serial() -> Any:
-        alone = njit(nogil=True)(function)
-        keep_code(alone, function, variant="serial")
-        return alone
+    @wraps(function)
+    def launch(workers: int, *arguments: Any) -> None:
+        with LAUNCH_LOCK:
+            parallel = prepare_launch() and workers > 1
+            if compiled(launcher(parallel), workers, *arguments):
+                raise RuntimeError(f"{function.__qualname__}: a worker raised an exception")
+
+    return launch
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., None]:
+    """Run the workers as they are written, as Numba does where it is told not to compile."""
 
     @wraps(function)
-    def launch(*arguments: Any) -> Any:
-        with LAUNCH_LOCK:
-            run = compiled if prepare_launch() else serial()
-            return run(*arguments)
+    def launch(workers: int, *arguments: Any) -> None:
+        for worker in range(workers):
+            function(worker, workers, *arguments)
 
     return launch
 
@@ -50,6 +69,12 @@ def kernel_part(function: Callable[..., Any]) -> Any:
     Called from Python it runs as it is written, not compiled.
     """
     return part(function)
+
+
+@kernel_part
+def own_range(worker, workers, count):
+    """Give the numbers below `count` that are a worker's own: neighbours, in order."""
+    return range(count * worker // workers, count * (worker + 1) // workers)
 
 
 def kernel_input(x: Array) -> Array:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float32, prange
+from numba import float32
 from numba.extending import overload
 
-from gradengine.kernels.cpu.launch import parallel_kernel
+from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
 
 # Maxima and sums run in so many interleaved parts, which fill vectors: for many classes and for few.
@@ -22,14 +23,16 @@ def softmax_cross_entropy(x: Array, target: Array) -> tuple[Array, Array]:
     losses = np.empty(len(scores), x.dtype)
     shifts = np.empty((len(scores), 2), x.dtype)
     strip = STRIPS[scores.shape[1] < 4 * STRIPS[0]]
-    _cross_entropy(scores, target.astype(np.int64), strip, losses, shifts)
+    _cross_entropy(get_num_threads(), scores, target.astype(np.int64), strip, losses, shifts)
     return losses, shifts
 
 
 def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Array) -> Array:
     scores = _kernel_rows(x)
     out = np.empty_like(scores)
-    _cross_entropy_grad(_kernel_rows(grad), scores, target.astype(np.int64), shifts, out)
+    _cross_entropy_grad(
+        get_num_threads(), _kernel_rows(grad), scores, target.astype(np.int64), shifts, out
+    )
     return out
 
 
@@ -74,11 +77,11 @@ def _exponential32(x):
 
 
 @parallel_kernel
-def _cross_entropy(x, target, strip, losses, shifts):
+def _cross_entropy(worker, workers, x, target, strip, losses, shifts):
     """x (rows, classes), target and losses (rows,), shifts (rows, 2): maximum, log of the sum."""
     rows, classes = x.shape
     whole = classes // strip * strip
-    for chunk in prange((rows + CHUNK_ROWS - 1) // CHUNK_ROWS):
+    for chunk in own_range(worker, workers, (rows + CHUNK_ROWS - 1) // CHUNK_ROWS):
         lanes = np.empty(strip, x.dtype)
         powers = np.empty(classes, x.dtype)
         for row in range(chunk * CHUNK_ROWS, min((chunk + 1) * CHUNK_ROWS, rows)):
@@ -113,9 +116,9 @@ def _cross_entropy(x, target, strip, losses, shifts):
 
 
 @parallel_kernel
-def _cross_entropy_grad(grad, x, target, shifts, out):
+def _cross_entropy_grad(worker, workers, grad, x, target, shifts, out):
     """grad and target (rows,), x and out (rows, classes), shifts (rows, 2)."""
-    for row in prange(len(x)):
+    for row in own_range(worker, workers, len(x)):
         values = x[row]
         found = out[row]
         peak = shifts[row, 0]

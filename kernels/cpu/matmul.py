@@ -9,7 +9,6 @@ never copied as a whole.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from gradengine.kernels.cpu import microkernel
 from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
@@ -73,7 +72,8 @@ def _multiply(x: Array, y: Array, out: Array) -> None:
         workspace(len(y), panels, depth * width, dtype=x.dtype) as packed,
         workspace(workers, BLOCK * ROW, dtype=x.dtype) as scratch,
     ):
-        _multiply_blocks(*_start(x), *_start(y), out, depth, packed, groups, scratch)
+        _pack_panels(min(threads, len(y) * panels), *_start(y), depth, columns, packed)
+        _multiply_tasks(workers, *_start(x), packed, out, depth, groups, scratch)
 
 
 def _start(x: Array) -> tuple[Array, tuple[int, ...]]:
@@ -88,14 +88,12 @@ def _start(x: Array) -> tuple[Array, tuple[int, ...]]:
 
 
 @parallel_kernel
-def _multiply_blocks(x, x_strides, y, y_strides, out, depth, packed, groups, scratch):
-    """x and y begin at one element; packed (B, panels, K * columns), scratch (workers, BLOCK * ROW)."""
-    count, panels = packed.shape[0], packed.shape[1]
-    for task in prange(count * panels):
-        matrix, panel = np.intp(task) // panels, np.intp(task) % panels
-        _pack_panel(y, y_strides, matrix, panel, depth, out.shape[2], packed)
-    for worker in prange(len(scratch)):
-        _multiply_tasks(np.intp(worker), x, x_strides, packed, out, depth, groups, scratch)
+def _pack_panels(worker, workers, y, strides, depth, columns, packed):
+    """Lay out y, which begins at one element, as panels: packed (B, panels, K * width)."""
+    tasks = packed.shape[0] * packed.shape[1]
+    for task in range(tasks * worker // workers, tasks * (worker + 1) // workers):
+        matrix, panel = task // packed.shape[1], task % packed.shape[1]
+        _pack_panel(y, strides, matrix, panel, depth, columns, packed)
 
 
 @kernel_part
@@ -126,13 +124,16 @@ def _pack_panel(y, strides, matrix, panel, depth, columns, packed):
             place[j] = 0
 
 
-@kernel_part
-def _multiply_tasks(worker, x, strides, packed, out, depth, groups, scratch):
-    """Each task multiplies a block of x's rows by one of `groups` groups of panels."""
+@parallel_kernel
+def _multiply_tasks(worker, workers, x, strides, packed, out, depth, groups, scratch):
+    """Each task multiplies a block of x's rows by one of `groups` groups of panels.
+
+    x begins at one element; packed (B, panels, K * width), scratch (workers, BLOCK * ROW).
+    """
     rows, columns = out.shape[1], out.shape[2]
     panels, width = packed.shape[1], columns_of(out)
     down, part = (rows + BLOCK - 1) // BLOCK, (panels + groups - 1) // groups
-    for task in range(worker, len(out) * down * groups, len(scratch)):
+    for task in range(worker, len(out) * down * groups, workers):
         matrix, block = task // groups // down, task // groups % down
         first = block * BLOCK
         count = min(BLOCK, rows - first)

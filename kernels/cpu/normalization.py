@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
 
-from gradengine.kernels.cpu.launch import kernel_input, parallel_kernel
+from gradengine.kernels.cpu.launch import kernel_input, own_range, parallel_kernel
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array, from_nhwc
 
 ROW_ELEMENTS = 256
@@ -73,7 +73,7 @@ def batch_norm_act_grad(
     shift = -scale * total / count
     grad_x = np.empty_like(array)
     vectors = _along_rows(array, scale, mean, slope, shift)
-    _affine_pair(_flat(grads), _flat(gate), _flat(array), vectors, _flat(grad_x))
+    _affine_pair(get_num_threads(), _flat(grads), _flat(gate), _flat(array), vectors, _flat(grad_x))
     grad_residual = from_nhwc(grads) if wants_residual else None
     sums = grad_weight.astype(x.dtype), total.astype(x.dtype)
     return from_nhwc(grad_x), *sums, grad_residual
@@ -91,7 +91,8 @@ def _scale_shift(
     vectors = _along_rows(array, center, scale, shift)
     added = array if residual is None else kernel_input(residual)
     floor = array.dtype.type(0 if relu else -np.inf)
-    _affine(_flat(array), vectors, _flat(added), residual is not None, floor, _flat(out))
+    flat = (_flat(array), vectors, _flat(added))
+    _affine(get_num_threads(), *flat, residual is not None, floor, _flat(out))
     return from_nhwc(out)
 
 
@@ -127,7 +128,7 @@ def _part_sums(array: Array, kernel: Any, *arguments: Any) -> tuple[Array, Array
     width = _row_width(array)
     rows = -(-array.size // max(width, 1))
     parts = np.zeros((min(MOST_PARTS, -(-rows // BLOCK_ROWS)), 2, width))
-    kernel(*arguments, parts)
+    kernel(get_num_threads(), *arguments, parts)
     sums = parts.reshape(len(parts), 2, width // max(channels, 1), channels).sum(axis=(0, 2))
     return sums[0], sums[1]
 
@@ -151,11 +152,11 @@ def _flat(array: Array) -> Array:
 
 
 @parallel_kernel
-def _sum_moments(x, origin, parts):
+def _sum_moments(worker, workers, x, origin, parts):
     """Sum x - origin and its square: x flat, origin (width,), parts (parts, 2, width) zeros."""
     width = len(origin)
     rows = (len(x) + width - 1) // width
-    for part in prange(len(parts)):
+    for part in own_range(worker, workers, len(parts)):
         total = np.empty(width, x.dtype)
         squares = np.empty(width, x.dtype)
         stop = (part + 1) * rows // len(parts)
@@ -175,11 +176,11 @@ def _sum_moments(x, origin, parts):
 
 
 @parallel_kernel
-def _sum_grads(grad, gate, x, center, stores, passed, parts):
+def _sum_grads(worker, workers, grad, gate, x, center, stores, passed, parts):
     """Sum g and g * (x - center), g being grad where gate is not 0; all flat but parts."""
     width = len(center)
     rows = (len(x) + width - 1) // width
-    for part in prange(len(parts)):
+    for part in own_range(worker, workers, len(parts)):
         total = np.empty(width, x.dtype)
         products = np.empty(width, x.dtype)
         stop = (part + 1) * rows // len(parts)
@@ -206,11 +207,11 @@ def _sum_grads(grad, gate, x, center, stores, passed, parts):
 
 
 @parallel_kernel
-def _affine(x, vectors, residual, adds, floor, out):
+def _affine(worker, workers, x, vectors, residual, adds, floor, out):
     """Fill out with (x - center) * scale + shift, plus residual if `adds`, at least floor."""
     width = vectors.shape[1]
     center, scale, shift = vectors[0], vectors[1], vectors[2]
-    for row in prange((len(x) + width - 1) // width):
+    for row in own_range(worker, workers, (len(x) + width - 1) // width):
         values = x[row * width : (row + 1) * width]
         target = out[row * width : (row + 1) * width]
         if adds:
@@ -225,11 +226,11 @@ def _affine(x, vectors, residual, adds, floor, out):
 
 
 @parallel_kernel
-def _affine_pair(grad, gate, x, vectors, out):
+def _affine_pair(worker, workers, grad, gate, x, vectors, out):
     """Fill out with g * scale + (x - center) * slope + shift, g being grad where gate is not 0."""
     width = vectors.shape[1]
     scale, center, slope, shift = vectors[0], vectors[1], vectors[2], vectors[3]
-    for row in prange((len(x) + width - 1) // width):
+    for row in own_range(worker, workers, (len(x) + width - 1) // width):
         grads = grad[row * width : (row + 1) * width]
         gates = gate[row * width : (row + 1) * width]
         values = x[row * width : (row + 1) * width]

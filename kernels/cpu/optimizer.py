@@ -11,11 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import carray, prange, types  # pyright: ignore[reportPrivateImportUsage]
+from numba import carray, types  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gradengine.kernels.cpu.launch import parallel_kernel
+from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
 
 # Elements of one piece of work: few, so that all cores end together.
@@ -42,7 +43,8 @@ def sgd(
     with _Table(values, grads, velocities or values) as table:
         numbers = (lr, momentum, 1 - dampening, weight_decay, -1 if maximize else 1)
         given = (table.scalar(number) for number in numbers)
-        _sgd(*table.arguments, np.array(fresh or [False], np.bool_), *given, nesterov)
+        starts = np.array(fresh or [False], np.bool_)
+        _sgd(get_num_threads(), *table.arguments, starts, *given, nesterov)
 
 
 def adam(
@@ -67,7 +69,7 @@ def adam(
         shrink, decay = (1 - lr * weight_decay, 0) if decoupled else (1, weight_decay)
         rest = (1 - betas[0], 1 - betas[1], eps, shrink, decay, -1 if maximize else 1)
         given = (table.scalar(number) for number in (*betas, *rest))
-        _adam(*table.arguments, factors.astype(table.dtype), *given)
+        _adam(get_num_threads(), *table.arguments, factors.astype(table.dtype), *given)
 
 
 class _Table:
@@ -162,9 +164,12 @@ _pointer: Any = intrinsic(_pointer_to)
 
 
 @parallel_kernel
-def _sgd(pieces, addresses, like, fresh, lr, momentum, share, weight_decay, sign, nesterov):
+def _sgd(
+    worker, workers, pieces, addresses, like, fresh, lr, momentum, share, weight_decay, sign,
+    nesterov,
+):  # fmt: skip
     """pieces (n, 3), addresses (3, arrays) of values, grads and velocities, fresh (arrays,)."""
-    for piece in prange(len(pieces)):
+    for piece in own_range(worker, workers, len(pieces)):
         place, start, count = pieces[piece]
         offset = start * like.itemsize
         value = carray(_pointer(addresses[0, place] + offset), (count,), like.dtype)
@@ -184,10 +189,11 @@ def _sgd(pieces, addresses, like, fresh, lr, momentum, share, weight_decay, sign
 
 @parallel_kernel
 def _adam(
-    pieces, addresses, like, factors, keep, keep_square, add, add_square, eps, shrink, decay, sign
-):
+    worker, workers, pieces, addresses, like, factors, keep, keep_square, add, add_square, eps,
+    shrink, decay, sign,
+):  # fmt: skip
     """pieces (n, 3), addresses (4, arrays), factors (arrays, 2)."""
-    for piece in prange(len(pieces)):
+    for piece in own_range(worker, workers, len(pieces)):
         place, start, count = pieces[piece]
         offset = start * like.itemsize
         value = carray(_pointer(addresses[0, place] + offset), (count,), like.dtype)

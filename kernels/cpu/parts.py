@@ -19,11 +19,15 @@ _HOOKS = ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic
 _KNOWN = all(hasattr(JITCodeLibrary, name) for name in _HOOKS)
 
 
-def part(function: Callable[..., Any]) -> Any:
-    """Make a function that compiled code may call; called from Python it runs as it is written."""
+def part(function: Callable[..., Any], *, apart: bool = False) -> Any:
+    """Make a function that compiled code may call; called from Python it runs as it is written.
+
+    Arrays given to a function with `apart` share no memory that it writes: loops need not look.
+    """
     if not _KNOWN:
         return njit(nogil=True)(function)
-    options: Any = {"pipeline_class": _Compiler, "no_cpython_wrapper": True}
+    compiler = _ApartCompiler if apart else _Compiler
+    options: Any = {"pipeline_class": compiler, "no_cpython_wrapper": True}
     compiled: Any = njit(nogil=True, **options)(function)
     if isinstance(compiled, CPUDispatcher):  # not where the user switched compilation off
         compiled.__class__ = _Part
@@ -70,6 +74,14 @@ class _Compiler(Compiler):
     def compile_extra(self, func: Callable[..., Any]) -> Any:
         if self.state.library is None:
             self.state.library = _Library(self.state.targetctx.codegen(), func.__qualname__)
+        return super().compile_extra(func)
+
+
+class _ApartCompiler(_Compiler):
+    """Says of the arguments what Numba says by itself of those of a parallel loop's body."""
+
+    def compile_extra(self, func: Callable[..., Any]) -> Any:
+        self.state.flags.noalias = True
         return super().compile_extra(func)
 
 

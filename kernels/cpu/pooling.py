@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import prange
 
-from gradengine.kernels.cpu.launch import kernel_input, parallel_kernel
+from gradengine.kernels.cpu.launch import kernel_input, own_range, parallel_kernel
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.geometry import covering_windows, tap_positions, window_divisors
 from gradengine.kernels.layout import Array, from_nhwc
 
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 def max_pool2d(x: Array, geometry: Pool2dGeometry) -> tuple[Array, Array]:
     out = np.empty(_nhwc(geometry.output_shape), x.dtype)
     indices = np.empty(out.shape, np.int32)
-    _max_pool2d(kernel_input(x), *tap_positions(geometry), out, indices)
+    _max_pool2d(get_num_threads(), kernel_input(x), *tap_positions(geometry), out, indices)
     return from_nhwc(out), from_nhwc(indices)
 
 
 def max_pool2d_scatter(grad: Array, indices: Array, geometry: Pool2dGeometry) -> Array:
     grad_input = np.empty(_nhwc(geometry.input_shape), grad.dtype)
     tables = covering_windows(geometry)
-    _max_pool2d_scatter(kernel_input(grad), kernel_input(indices), *tables, grad_input)
+    _max_pool2d_scatter(
+        get_num_threads(), kernel_input(grad), kernel_input(indices), *tables, grad_input
+    )
     return from_nhwc(grad_input)
 
 
@@ -41,14 +43,18 @@ def max_pool2d_gather(x: Array, indices: Array, geometry: Pool2dGeometry) -> Arr
 
 def avg_pool2d(x: Array, geometry: Pool2dGeometry) -> Array:
     out = np.empty(_nhwc(geometry.output_shape), x.dtype)
-    _avg_pool2d(kernel_input(x), *tap_positions(geometry), window_divisors(geometry), out)
+    _avg_pool2d(
+        get_num_threads(), kernel_input(x), *tap_positions(geometry), window_divisors(geometry), out
+    )
     return from_nhwc(out)
 
 
 def avg_pool2d_grad(grad: Array, geometry: Pool2dGeometry) -> Array:
     grad_input = np.empty(_nhwc(geometry.input_shape), grad.dtype)
     divisors = window_divisors(geometry).astype(grad.dtype)
-    _avg_pool2d_grad(kernel_input(grad), *covering_windows(geometry), divisors, grad_input)
+    _avg_pool2d_grad(
+        get_num_threads(), kernel_input(grad), *covering_windows(geometry), divisors, grad_input
+    )
     return from_nhwc(grad_input)
 
 
@@ -58,10 +64,10 @@ def _nhwc(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @parallel_kernel
-def _max_pool2d(x, row_taps, column_taps, out, indices):
+def _max_pool2d(worker, workers, x, row_taps, column_taps, out, indices):
     """x (N, H, W, C), row_taps (P, R), column_taps (Q, S), out and indices (N, P, Q, C)."""
     batch, out_height, out_width, channels = out.shape
-    for row in prange(batch * out_height):
+    for row in own_range(worker, workers, batch * out_height):
         image = row // out_height
         out_row = row % out_height
         for out_column in range(out_width):
@@ -88,10 +94,12 @@ def _max_pool2d(x, row_taps, column_taps, out, indices):
 
 
 @parallel_kernel
-def _max_pool2d_scatter(grad, indices, covering_rows, covering_columns, grad_input):
+def _max_pool2d_scatter(
+    worker, workers, grad, indices, covering_rows, covering_columns, grad_input
+):
     """grad and indices (N, P, Q, C), covering_rows (H, R), covering_columns (W, S)."""
     batch, height, width, channels = grad_input.shape
-    for row in prange(batch * height):
+    for row in own_range(worker, workers, batch * height):
         image = row // height
         input_row = row % height
         for column in range(width):
@@ -115,10 +123,10 @@ def _max_pool2d_scatter(grad, indices, covering_rows, covering_columns, grad_inp
 
 
 @parallel_kernel
-def _avg_pool2d(x, row_taps, column_taps, divisors, out):
+def _avg_pool2d(worker, workers, x, row_taps, column_taps, divisors, out):
     """x (N, H, W, C), row_taps (P, R), column_taps (Q, S), divisors (P, Q), out (N, P, Q, C)."""
     batch, out_height, out_width, channels = out.shape
-    for row in prange(batch * out_height):
+    for row in own_range(worker, workers, batch * out_height):
         image = row // out_height
         out_row = row % out_height
         # a global pool adds up tens of thousands of pixels: float32 would lose digits
@@ -139,10 +147,10 @@ def _avg_pool2d(x, row_taps, column_taps, divisors, out):
 
 
 @parallel_kernel
-def _avg_pool2d_grad(grad, covering_rows, covering_columns, divisors, grad_input):
+def _avg_pool2d_grad(worker, workers, grad, covering_rows, covering_columns, divisors, grad_input):
     """grad (N, P, Q, C), covering_rows (H, R), covering_columns (W, S), divisors (P, Q)."""
     batch, height, width, channels = grad_input.shape
-    for row in prange(batch * height):
+    for row in own_range(worker, workers, batch * height):
         image = row // height
         input_row = row % height
         for column in range(width):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import prange
 
-from gradengine.kernels.cpu.launch import parallel_kernel
+from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
 
 
@@ -20,15 +20,15 @@ def weigh(x: Array, positions: Array, weights: Array, axis: int) -> Array:
     rows = np.ascontiguousarray(x).reshape(math.prod(before), x.shape[axis], math.prod(after))
     rows = rows if rows.flags.writeable else rows.copy()  # to Numba another type
     out = np.empty((len(rows), len(positions), rows.shape[2]), x.dtype)
-    _weigh(rows, positions.astype(np.int64), weights.astype(x.dtype), out)
+    _weigh(get_num_threads(), rows, positions.astype(np.int64), weights.astype(x.dtype), out)
     return out.reshape(*before, len(positions), *after)
 
 
 @parallel_kernel
-def _weigh(x, positions, weights, out):
+def _weigh(worker, workers, x, positions, weights, out):
     """x (M, L, I), positions and weights (P, taps), out (M, P, I)."""
     count = len(positions)
-    for line in prange(len(x) * count):
+    for line in own_range(worker, workers, len(x) * count):
         image = line // count
         place = line % count
         target = out[image, place]

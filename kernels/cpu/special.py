@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import prange
 
-from gradengine.kernels.cpu.launch import parallel_kernel
+from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
 
 
@@ -19,11 +19,13 @@ def erf(x: Array) -> Array:
         elements = x.ravel()
     out = np.empty_like(x)
     # To Numba a read-only array is another type: it would compile a second time.
-    _erf(elements if elements.flags.writeable else elements.copy(), out.ravel("K"))
+    _erf(
+        get_num_threads(), elements if elements.flags.writeable else elements.copy(), out.ravel("K")
+    )
     return out
 
 
 @parallel_kernel
-def _erf(x, out):
-    for i in prange(x.size):
+def _erf(worker, workers, x, out):
+    for i in own_range(worker, workers, x.size):
         out[i] = math.erf(x[i])

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import prange
 
 from gradengine.kernels.cpu import epilogue, microkernel, simd
 from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
@@ -153,16 +152,16 @@ def _pack_weight(weight: Array, flipped: bool) -> Array:
         outputs, inputs = inputs, outputs
     width = microkernel.width(weight.dtype)
     packed = np.empty((-(-outputs // width), PRODUCTS * _odd_lines(inputs * width)), weight.dtype)
-    with workspace(get_num_threads(), _taps_size(weight), dtype=weight.dtype) as taps:
-        _pack(weight, flipped, packed, taps)
+    workers = min(get_num_threads(), len(packed))
+    with workspace(workers, _taps_size(weight), dtype=weight.dtype) as taps:
+        _pack(workers, weight, flipped, packed, taps)
     return packed
 
 
 @parallel_kernel
-def _pack(weight, flipped, packed, taps):
-    for worker in prange(len(taps)):
-        for panel in range(np.intp(worker), len(packed), len(taps)):
-            _pack_panel(weight, flipped, panel, pointer(packed[panel], 0), taps[worker], 0)
+def _pack(worker, workers, weight, flipped, packed, taps):
+    for panel in range(worker, len(packed), workers):
+        _pack_panel(weight, flipped, panel, pointer(packed[panel], 0), taps[worker], 0)
 
 
 @kernel_part
@@ -257,7 +256,9 @@ def _run(
     workers = min(threads, blocks * groups)
     size = sum(_scratch_sizes(x, out, rows * -(-out.shape[2] // TILE)))
     with workspace(workers, size, dtype=x.dtype) as scratch:
-        _convolve(x, weight, flipped, packed, out, *padding, rows, groups, scratch, *finish)
+        _convolve(
+            workers, x, weight, flipped, packed, out, *padding, rows, groups, scratch, *finish
+        )
 
 
 def block_count(geometry: Conv2dGeometry, itemsize: int) -> int:
@@ -289,26 +290,15 @@ def _scratch_sizes(x, out, tiles):
 
 @parallel_kernel
 def _convolve(
-    x, weight, flipped, packed, out, top, left, rows, groups, scratch, bias, residual, relu, moments
-):
-    for worker in prange(len(scratch)):
-        _convolve_blocks(
-            np.intp(worker), x, weight, flipped, packed, out, top, left, rows, groups, scratch,
-            bias, residual, relu, moments,
-        )  # fmt: skip
-
-
-@kernel_part
-def _convolve_blocks(
-    worker, x, weight, flipped, packed, out, top, left, rows, groups, scratch, bias, residual, relu,
-    moments,
+    worker, workers, x, weight, flipped, packed, out, top, left, rows, groups, scratch, bias,
+    residual, relu, moments,
 ):  # fmt: skip
     """Each task makes `rows` rows of tiles for one of `groups` groups of panels."""
     tile_rows = out.shape[0] * _tiles(out)[0]
     width = columns_of(x)
     panels = (out.shape[3] + width - 1) // width
     group = (panels + groups - 1) // groups
-    for task in range(worker, (tile_rows + rows - 1) // rows * groups, len(scratch)):
+    for task in range(worker, (tile_rows + rows - 1) // rows * groups, workers):
         block, panel = task // groups, task % groups * group
         first, stop = block * rows, min((block + 1) * rows, tile_rows)
         stop_panel = min(panel + group, panels)
@@ -494,34 +484,23 @@ def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
             threads if chunks == 1 else tasks, PRODUCTS * BLOCK_OUTPUTS * width, dtype=x.dtype
         ) as sums,
     ):
-        _grad_weight(grad, x, top, left, out, rows, tiles_x, tiles_grad, patches, sums)
+        for first in range(0, tile_rows, rows):
+            stop = min(first + rows, tile_rows)
+            _transform_chunk(
+                threads, grad, x, top, left, first, stop, rows, tiles_x, tiles_grad, patches
+            )
+            _add_chunk(threads, first, stop, rows, tile_rows, grad, tiles_x, tiles_grad, sums, out)
     return out
 
 
 @parallel_kernel
-def _grad_weight(grad, x, top, left, out, rows, tiles_x, tiles_grad, patches, sums):
-    """In chunks of `rows` rows of tiles: transform x and grad, then add to the 36 products."""
-    tile_rows = grad.shape[0] * _tiles(grad)[0]
-    for first in range(0, tile_rows, rows):
-        stop = min(first + rows, tile_rows)
-        for worker in prange(len(patches)):
-            _transform_chunk(
-                np.intp(worker), grad, x, top, left, first, stop, rows, tiles_x, tiles_grad, patches
-            )
-        for worker in prange(len(patches)):
-            _add_chunk(
-                np.intp(worker), len(patches), first, stop, rows, tile_rows, grad, tiles_x,
-                tiles_grad, sums, out,
-            )  # fmt: skip
-
-
-@kernel_part
 def _transform_chunk(
-    worker, grad, x, top, left, first, stop, rows, tiles_x, tiles_grad, patches
-):  # fmt: skip
+    worker, workers, grad, x, top, left, first, stop, rows, tiles_x, tiles_grad, patches
+):
+    """Transform x and grad for the rows first to stop of tiles, of a chunk of `rows` rows."""
     across = _tiles(grad)[1]
     row_x, row_grad = x.shape[3] + LINE, grad.shape[3] + LINE
-    for tile_row in range(first + worker, stop, len(patches)):
+    for tile_row in range(first + worker, stop, workers):
         at = (tile_row - first) * across
         _transform_patches(
             x, top, left, grad, tile_row,
@@ -534,10 +513,9 @@ def _transform_chunk(
         )  # fmt: skip
 
 
-@kernel_part
-def _add_chunk(
-    worker, workers, first, stop, rows, tile_rows, grad, tiles_x, tiles_grad, sums, out
-):  # fmt: skip
+@parallel_kernel
+def _add_chunk(worker, workers, first, stop, rows, tile_rows, grad, tiles_x, tiles_grad, sums, out):
+    """Add the chunk to the 36 products; after the last one, transform the sums."""
     outputs, channels = out.shape[0], out.shape[3]
     width = columns_of(out)
     across = _tiles(grad)[1]
