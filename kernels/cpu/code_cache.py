@@ -24,7 +24,7 @@ from numba.core import compiler, serialize
 from gradengine.kernels.cpu.cache_folder import private_cache_folder
 from gradengine.kernels.cpu.code_identity import machine, read_source, signature, source_digest
 
-_SECONDS = 60  # `python -m gradengine compile` on two cores of a Zen 4
+_SECONDS = 20  # `python -m gradengine compile` on two cores of a Zen 4
 _VARIANTS = 4  # kept for one function and signature: other versions, processors, working copies
 _UNUSED = 90 * 86400  # seconds after which an entry goes
 _ABANDONED = 3600  # seconds after which a file that was never finished goes
@@ -33,6 +33,9 @@ _ABANDONED = 3600  # seconds after which a file that was never finished goes
 # function that a process compiles is announced on stderr.
 on_compiled: Callable[[str, float], None] | None = None
 _announced = False
+
+# Functions that compiled code may name, and what makes each known to the loader (see `linked`).
+linked_names: dict[str, Callable[[], None]] = {}
 
 
 def keep_code(dispatcher: Any, function: Callable[..., Any], variant: str = "") -> None:
@@ -100,6 +103,8 @@ def _read(path: Path) -> Any:
     digest, pickled = content[:32], content[32:]
     if hashlib.sha256(pickled).digest() != digest:  # cut short by a crash of the machine
         raise ValueError(f"{path} is damaged")
+    for name in [name for name in linked_names if name.encode() in pickled]:
+        linked_names[name]()
     result = pickle.loads(pickled)
     with suppress(OSError):
         os.utime(path)  # when it was last used

@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from gradengine.kernels.cpu.launch import kernel_part
+from gradengine.kernels.cpu.linked import linked
 from gradengine.kernels.cpu.simd import (
     INDEX,
     REGISTERS,
@@ -184,4 +185,25 @@ def _compose() -> Any:
     return function
 
 
-multiply = _compose()
+_multiply_rows = _compose()
+_KINDS = [
+    (n, place, n, n, n, place, n, n, place, n, n, n, n, types.boolean)
+    for n in (types.intp,)
+    for place in (types.CPointer(types.float32), types.CPointer(types.float64))
+]
+
+
+@linked(_KINDS)
+def multiply(
+    count, a, a_row, a_step, a_segment, b, b_step, b_segment, c, c_row, columns, depth, segments,
+    adds,
+):  # fmt: skip
+    """Write or add the sum over k of a[i, k] * b[k, j] to c[i, j], for `count` rows i.
+
+    k runs over `segments` runs of `depth`, both at least 1. Distances are in elements; b and c have
+    neighbouring columns, of which `columns` are stored and all of b's are read.
+    """
+    _multiply_rows(
+        count, a, a_row, a_step, a_segment, b, b_step, b_segment, c, c_row, columns, depth,
+        segments, adds,
+    )  # fmt: skip

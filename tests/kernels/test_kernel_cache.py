@@ -274,3 +274,52 @@ def test_parts_of_a_kernel_run_in_it_and_from_python(cache, copy):
     assert errors.startswith(NOTICE)
     again = finish(start(cache, copy.parent, first=code))
     assert again == ([*expected, "0.5205"], "")
+
+
+LINKED = """
+import numpy
+from numba import types
+from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
+from gradengine.kernels.cpu.linked import linked
+from gradengine.kernels.cpu.simd import pointer
+
+@linked([(types.CPointer(kind), types.intp) for kind in (types.float32, types.float64)])
+def fill(place, count):
+    for i in range(count):
+        place[i] = i + 1
+
+@parallel_kernel
+def one(worker, workers, out):
+    fill(pointer(out, 0), numpy.int32(len(out)))
+
+@parallel_kernel
+def two(worker, workers, out):
+    fill(pointer(out, 1), len(out) - 1)
+"""
+
+
+def test_linked_functions_are_compiled_once_and_loaded_with_what_calls_them(cache, copy):
+    source = copy / "kernels" / "cpu" / "made.py"
+    source.write_text(LINKED)
+    code = (
+        "import numpy; from gradengine.kernels.cpu import made, code_cache\n"
+        "code_cache.on_compiled = lambda name, seconds: print(name)\n"
+        "for dtype in ('float32', 'float64'):\n"
+        "    out = numpy.zeros((2, 3), dtype)\n"
+        "    made.{}(1, out[0]), made.{}(1, out[1])\n"
+        "    print(*out.ravel())\n"
+    )
+    numbers = ["1.0", "2.0", "3.0", "0.0", "1.0", "2.0"]
+    serial = f"{LAUNCHER}.serial"
+
+    def compiled(first, second):
+        out, _ = finish(start(cache, copy.parent, first=code.format(first, second)))
+        return out[:-1]
+
+    fresh = ["made.fill", "made.one", "made.two", *numbers]
+    assert compiled("one", "two")[: 2 * len(fresh) + 1] == [serial, *fresh, *fresh]
+    assert compiled("one", "two")[: 2 * len(numbers)] == numbers * 2
+    other = ["1.0", "2.0", "3.0", "1.0", "2.0", "3.0"]
+    assert compiled("one", "one")[: 2 * len(other)] == other * 2
+    source.write_text(LINKED.replace("i + 1", "i + 2"))
+    assert compiled("one", "one")[:4] == ["made.fill", "made.one", "2.0", "3.0"]
