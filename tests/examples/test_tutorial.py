@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 
 import pytest
@@ -13,15 +15,12 @@ from gradengine.examples import tutorial
 @pytest.fixture(scope="module")
 def sections() -> dict[str, str]:
     """Give what the tutorial prints, by section."""
-    with pytest.MonkeyPatch.context() as patch:
-        lines: list[str] = []
-        patch.setattr(
-            "builtins.print", lambda *words: lines.append(" ".join(str(word) for word in words))
-        )
-        ge.set_default_device("cpu")
+    printed = io.StringIO()
+    ge.set_default_device("cpu")
+    with contextlib.redirect_stdout(printed):
         tutorial.main()
-        ge.set_default_device(None)
-    parts = re.split("^== (.*)$", "\n".join(lines), flags=re.MULTILINE)
+    ge.set_default_device(None)
+    parts = re.split("^== (.*)$", printed.getvalue().strip(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
