@@ -1,0 +1,33 @@
+// The element types of arrays, how they are added up, and short vectors of them.
+#pragma once
+#include <instructions.cuh>
+
+struct float16 { uint16_t bits; };
+struct bfloat16 { uint16_t bits; };
+
+// The type in which elements of type T are added up and computed with.
+template <typename T> struct Accumulator { typedef float type; };
+template <> struct Accumulator<double> { typedef double type; };
+
+DEVICE float to_float(float16 x) { return float16_bits_to_float(x.bits); }
+DEVICE float to_float(bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+DEVICE float to_float(float x) { return x; }
+DEVICE double to_float(double x) { return x; }  // "float" is the accumulator of its kind
+
+// Round a value of T's accumulator to T: to nearest, ties to even.
+template <typename T> DEVICE T from_float(typename Accumulator<T>::type x) { return x; }
+
+template <> DEVICE float16 from_float<float16>(float x) { return {float_to_float16_bits(x)}; }
+
+template <> DEVICE bfloat16 from_float<bfloat16>(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    const uint32_t quiet_nan = bits >> 16 | 0x40u;  // rounding could turn a NaN into infinity
+    return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded >> 16)};
+}
+
+// COUNT neighbours in memory, loaded and stored by one access where they fill 2 to 16 bytes.
+template <typename T, int COUNT>
+struct alignas(sizeof(T) * COUNT) Pack {
+    T values[COUNT];
+};

@@ -1,0 +1,149 @@
+// The only PTX of the project: one wrapper for each instruction that CUDA C++ has no word for.
+// Nothing of the CUDA toolkit's headers is needed, so that NVRTC alone compiles every kernel.
+#pragma once
+
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+
+#define DEVICE __device__ __forceinline__
+
+// ---- memory of a block ----------------------------------------------------------------------------
+
+// The block's dynamic shared memory; its size is given at launch. Every caller gets the same memory.
+template <typename T>
+DEVICE T* dynamic_shared_memory() {
+    extern __shared__ __align__(1024) unsigned char dynamic_shared_bytes[];
+    return reinterpret_cast<T*>(dynamic_shared_bytes);
+}
+
+DEVICE uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- 16-bit floating point -------------------------------------------------------------------------
+
+DEVICE float float16_bits_to_float(uint16_t bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// Rounds to nearest, ties to even.
+DEVICE uint16_t float_to_float16_bits(float value) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// ---- asynchronous copies from global to shared memory ------------------------------------------------
+
+// Copies BYTES (4, 8 or 16) without passing through registers, or writes zeros where not valid; source
+// must be a valid address either way, both addresses multiples of BYTES. It lands at a later
+// wait_copies. Before sm_80 it is an ordinary copy.
+template <int BYTES>
+DEVICE void copy_async(void* destination, const void* source, bool valid) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+#if __CUDA_ARCH__ >= 800
+    const int bytes = valid ? BYTES : 0;
+    if constexpr (BYTES == 16) {  // past the L1 cache: tiles are read once by a block
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     :: "r"(shared_address(destination)), "l"(source), "r"(bytes) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :: "r"(shared_address(destination)), "l"(source), "n"(BYTES), "r"(bytes)
+                     : "memory");
+    }
+#else
+    if constexpr (BYTES == 16) {
+        *static_cast<uint4*>(destination) =
+            valid ? *static_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
+    } else if constexpr (BYTES == 8) {
+        *static_cast<uint2*>(destination) =
+            valid ? *static_cast<const uint2*>(source) : make_uint2(0, 0);
+    } else {
+        *static_cast<uint32_t*>(destination) = valid ? *static_cast<const uint32_t*>(source) : 0u;
+    }
+#endif
+}
+
+// Closes the group of the copies that this thread has issued since the last one.
+DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most PENDING of this thread's groups are still on their way.
+template <int PENDING>
+DEVICE void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+#endif
+}
+
+// ---- matrices from shared memory into the registers of a warp ----------------------------------------
+
+// Loads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8; matrix
+// i arrives in fragment[i]: lane l holds bytes 4 * (l % 4) to 4 * (l % 4) + 3 of row l / 4.
+DEVICE void load_matrices(uint32_t (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+// The same with each 8x8 matrix of 16-bit elements transposed: lane l of fragment[i] holds the elements
+// (row 2 * (l % 4), column l / 4) and (row 2 * (l % 4) + 1, column l / 4), the first in the low half.
+DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row)) : "memory");
+}
+
+// ---- tensor cores: d = a * b + d, a 16 x K by rows, b K x 8 by columns, d 16 x 8 in float32 -------------
+// With g = lane / 4 and t = lane % 4, d[0..3] are d(g, 2t), d(g, 2t + 1), d(g + 8, 2t), d(g + 8, 2t + 1).
+
+// The tensor core drops the low 13 bits of a float32: adding half of their range first rounds to nearest.
+DEVICE uint32_t round_to_tf32(uint32_t bits) { return bits + 0x1000u; }
+
+// K = 8: a = a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4); b = b(t, g), b(t + 4, g). From sm_80 on.
+DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();
+#endif
+}
+
+// K = 16, two elements a register, the lower k in the low half: a = a(g, 2t..), a(g + 8, 2t..),
+// a(g, 2t + 8..), a(g + 8, 2t + 8..); b = b(2t.., g), b(2t + 8.., g).
+DEVICE void multiply_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else  // sm_75 multiplies K = 8 at a time
+    for (int half = 0; half < 2; ++half) {
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+                     "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+#endif
+}
+
+// As multiply_float16, with bfloat16 elements. From sm_80 on.
+DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();
+#endif
+}
