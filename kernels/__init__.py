@@ -4,7 +4,7 @@ A kernel takes arrays and returns arrays: NumPy's run in `gradengine.kernels.cpu
 `gradengine.kernels.cuda`, each imported when its first kernel runs. Shapes are NCHW and OIHW. Any
 strides are accepted; 4-D results are channels-last in memory (`out.transpose(0, 2, 3, 1)` is
 C-contiguous) and so are converted nowhere on their way through a network. Results have the dtype of
-the inputs: float32 or float64, on CUDA also float16 with sums in float32. An empty batch works.
+the inputs: float32 or float64, on CUDA also float16 and bfloat16 with sums in float32. An empty batch works.
 
 Geometries come from `gradengine.kernels.geometry`, which checks the shapes they are made from; here
 an array that does not fit its geometry is refused, since compiled code would read past its end.
@@ -37,9 +37,10 @@ class PackedConv2d(NamedTuple):
 # Elements from which on an elementwise pass is worth the launch of a kernel.
 PARALLEL_SIZE = 1 << 16
 
+# By name: bfloat16 is a dtype of ml_dtypes, which is not imported before somebody uses it.
 _DTYPES = {
-    "cpu": (np.dtype(np.float32), np.dtype(np.float64)),
-    "cuda": (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)),
+    "cpu": ("float32", "float64"),
+    "cuda": ("float16", "bfloat16", "float32", "float64"),
 }
 
 
@@ -226,7 +227,7 @@ def weigh(x: Array, positions: np.ndarray, weights: np.ndarray, axis: int) -> Ar
             f"x.shape={tuple(x.shape)}, positions from {positions.min()} to {positions.max()}"
         )
     _check_shape("weigh", "weights", weights, positions.shape)
-    return _import_family(_place(x), "resize").weigh(x, positions, weights, axis)
+    return _import_family(place(x), "resize").weigh(x, positions, weights, axis)
 
 
 def softmax_cross_entropy(x: Array, target: Array) -> tuple[Array, Array]:
@@ -270,7 +271,7 @@ def sgd(
     momentum velocities and fresh are not read, and may be empty.
     """
     _check_rows("sgd", values, grads=grads, velocities=velocities)
-    _import_family(_place(values[0]), "optimizer").sgd(
+    _import_family(place(values[0]), "optimizer").sgd(
         *(values, grads, velocities, fresh),
         lr=lr,
         momentum=momentum,
@@ -302,7 +303,7 @@ def adam(
     value or of its square; decoupled, weight_decay shrinks the value by lr * weight_decay instead.
     """
     _check_rows("adam", values, grads=grads, averages=averages, squares=squares)
-    _import_family(_place(values[0]), "optimizer").adam(
+    _import_family(place(values[0]), "optimizer").adam(
         *(values, grads, averages, squares, steps),
         lr=lr,
         betas=betas,
@@ -318,7 +319,7 @@ def matmul(x: Array, y: Array) -> Array:
 
     Leading axes broadcast; any strides are read as they are.
     """
-    return _import_family(_place(x), "matmul").matmul(x, y)
+    return _import_family(place(x), "matmul").matmul(x, y)
 
 
 def erf(x: Array) -> Array:
@@ -328,12 +329,12 @@ def erf(x: Array) -> Array:
 
 def relu(x: Array) -> Array:
     """Give max(x, 0) for any shape; nan stays nan."""
-    return _import_family(_place(x), "activation").relu(x)
+    return _import_family(place(x), "activation").relu(x)
 
 
 def relu_grad(grad: Array, out: Array) -> Array:
     """Give grad where `out`, the result of relu, is not 0, and 0 elsewhere, for any shape."""
-    return _import_family(_place(grad), "activation").relu_grad(grad, out)
+    return _import_family(place(grad), "activation").relu_grad(grad, out)
 
 
 def _check_conv2d(
@@ -364,22 +365,23 @@ def _check_conv2d(
 def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     """Give the module of a family of kernels for arrays of one kind and one dtype."""
     first = next(iter(arrays.values()))
-    place = _place(first)
+    device = place(first)
     dtype = first.dtype
-    if dtype not in _DTYPES[place] or any(array.dtype != dtype for array in arrays.values()):
-        allowed = " or ".join(str(known) for known in _DTYPES[place])
+    if dtype.name not in _DTYPES[device] or any(array.dtype != dtype for array in arrays.values()):
+        allowed = " or ".join(_DTYPES[device])
         got = ", ".join(f"{key}.dtype={array.dtype}" for key, array in arrays.items())
-        raise TypeError(f"{name}: arrays must be of one dtype ({allowed} on {place}); got {got}")
-    return _import_family(place, family)
+        raise TypeError(f"{name}: arrays must be of one dtype ({allowed} on {device}); got {got}")
+    return _import_family(device, family)
 
 
-def _place(array: Array) -> str:
+def place(array: Array) -> str:
+    """Return whose kernels compute with this array: "cpu" or "cuda"."""
     return "cpu" if isinstance(array, (np.ndarray, np.generic)) else "cuda"
 
 
 @cache
-def _import_family(place: str, family: str) -> ModuleType:
-    return import_module(f"gradengine.kernels.{place}.{family}")
+def _import_family(device: str, family: str) -> ModuleType:
+    return import_module(f"gradengine.kernels.{device}.{family}")
 
 
 def _check_channels(name: str, x: Array, **vectors: Array | None) -> dict[str, Array]:
