@@ -21,7 +21,7 @@ from gradengine.devices import (
     device_count,
     import_cupy,
 )
-from gradengine.kernels.cpu.cache_folder import cache_folder
+from gradengine.kernels.cache_folder import cache_folder
 from gradengine.weights.download import weights_folder
 
 OPTIONAL_PACKAGES = ("pillow", "tqdm", "matplotlib", "scikit-learn", "safetensors", "scipy")

@@ -21,7 +21,7 @@ from typing import Any
 
 from numba.core import compiler, serialize
 
-from gradengine.kernels.cpu.cache_folder import private_cache_folder
+from gradengine.kernels.cache_folder import private_cache_folder
 from gradengine.kernels.cpu.code_identity import machine, read_source, signature, source_digest
 
 _SECONDS = 20  # `python -m gradengine compile` on two cores of a Zen 4

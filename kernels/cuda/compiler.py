@@ -1,0 +1,136 @@
+"""CUDA C++ to machine code: compiled by NVRTC for one architecture, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from gradengine.kernels.cache_folder import private_cache_folder
+
+FOLDER = Path(__file__).parent
+OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
+
+
+class Program(NamedTuple):
+    """Machine code of some kernels of one source, the symbol of each, and the compiler's log."""
+
+    cubin: bytes
+    symbols: dict[str, str]
+    log: str
+
+
+def compile_program(source: str, names: Sequence[str], architecture: str) -> Program:
+    """Compile the kernels that `names` instantiate, such as "sgd<float>", of a file of this folder.
+
+    `architecture` is NVRTC's name of it, such as "sm_90a". Needs no GPU and no driver.
+
+    Raises:
+        RuntimeError: NVRTC refuses the source; its log is in the message.
+    """
+    from cupy_backends.cuda.libs import nvrtc  # pyright: ignore[reportMissingImports]
+
+    headers = _headers()
+    program = nvrtc.createProgram(
+        (FOLDER / source).read_text(), source, tuple(headers.values()), tuple(headers)
+    )
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, (f"-arch={architecture}", *OPTIONS))
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise RuntimeError(f"{source} does not compile for {architecture}: {log}") from error
+        symbols = {name: nvrtc.getLoweredName(program, name) for name in names}
+        return Program(nvrtc.getCUBIN(program), symbols, nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def machine_code(source: str, name: str, architecture: str) -> tuple[str, bytes]:
+    """Return symbol and cubin of one kernel: from disk, or compiled and kept there if possible."""
+    key = "\0".join((_text(source), name, architecture, *OPTIONS, str(_compiler_version())))
+    path = _kept_at(hashlib.sha256(key.encode()).hexdigest())
+    kept = path and _read(path)
+    if kept:
+        return kept
+    program = compile_program(source, (name,), architecture)
+    symbol = program.symbols[name]
+    if path is not None:
+        _write(path, symbol, program.cubin)
+    return symbol, program.cubin
+
+
+def architecture_name(capability: int) -> str:
+    """Return the best architecture that NVRTC can compile for a device of this capability (90: 9.0).
+
+    Its own with the instructions of this chip alone ("sm_90a"), else its own, else the nearest older.
+    """
+    from cupy_backends.cuda.libs import nvrtc  # pyright: ignore[reportMissingImports]
+
+    known = [arch for arch in nvrtc.getSupportedArchs() if arch <= capability]
+    if not known:
+        raise RuntimeError(
+            f"CUDA: the installed NVRTC compiles for architectures from {min(nvrtc.getSupportedArchs())} "
+            f"on; got a device of {capability} (install an older CuPy)"
+        )
+    return f"sm_{capability}a" if capability in known and capability >= 90 else f"sm_{max(known)}"
+
+
+@cache
+def _headers() -> dict[bytes, bytes]:
+    return {path.name.encode(): path.read_bytes() for path in sorted(FOLDER.glob("*.cuh"))}
+
+
+@cache
+def _text(source: str) -> str:
+    """Return all that the machine code of a source depends on: itself and every header."""
+    parts = [(FOLDER / source).read_bytes(), *_headers().values()]
+    return b"\0".join(parts).decode()
+
+
+@cache
+def _compiler_version() -> tuple[int, int]:
+    from cupy_backends.cuda.libs import nvrtc  # pyright: ignore[reportMissingImports]
+
+    return nvrtc.getVersion()
+
+
+def _kept_at(key: str) -> Path | None:
+    try:
+        return private_cache_folder("CUPY") / f"{key[:40]}.cubin"
+    except OSError:
+        return None  # compiled anew by every process
+
+
+def _read(path: Path) -> tuple[str, bytes] | None:
+    """Return what `_write` kept, or None where nothing is whole."""
+    with suppress(OSError, ValueError):
+        digest, symbol, cubin = path.read_bytes().split(b"\n", 2)
+        if digest == _digest(symbol, cubin):
+            return symbol.decode(), cubin
+    return None
+
+
+def _write(path: Path, symbol: str, cubin: bytes) -> None:
+    """Keep a kernel: written aside and renamed, so that another process never reads a part."""
+    content = b"\n".join((_digest(symbol.encode(), cubin), symbol.encode(), cubin))
+    with suppress(OSError):  # a full or read-only disk costs the next process a compilation
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+
+
+def _digest(symbol: bytes, cubin: bytes) -> bytes:
+    return hashlib.sha256(symbol + b"\n" + cubin).hexdigest().encode()
