@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
     from typing import Final
 
@@ -254,6 +255,30 @@ def array_module(array: Any) -> ModuleType:
         "array_module: an array must be a NumPy or CuPy array "
         f"(numpy.ndarray or cupy.ndarray); got array of type {type(array).__name__}"
     )
+
+
+def in_memory_order(function: Callable[..., Any], *arrays: Any, **attributes: Any) -> Any:
+    """Call an elementwise function of CuPy arrays; its result lies in memory as the inputs do.
+
+    CuPy's own functions give C order whatever they are given; channels-last memory would be lost.
+    """
+    ndim = max(getattr(array, "ndim", 0) for array in arrays)
+    order = list(range(ndim))
+    for array in arrays:
+        if getattr(array, "ndim", 0) == ndim > 1 and not array.flags.c_contiguous:
+            order.sort(key=lambda axis: -abs(array.strides[axis]))
+            break
+    if order == sorted(order):
+        return function(*arrays, **attributes)
+    moved = [_in_order(array, order) for array in arrays]
+    return function(*moved, **attributes).transpose(sorted(order, key=order.__getitem__))
+
+
+def _in_order(array: Any, order: list[int]) -> Any:
+    if getattr(array, "ndim", 0) == 0:
+        return array
+    added = (1,) * (len(order) - array.ndim)  # axes along which it broadcasts
+    return array.reshape(added + array.shape).transpose(order)
 
 
 def device_of(array: Any) -> Device:

@@ -19,6 +19,7 @@ backward and is itself recorded under `create_graph`.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -275,7 +276,7 @@ def _unary(op: Operation, floating: bool) -> Callable[..., Any]:
             out = forward(a, **attributes)
         else:
             x = _conform_one(op.name, x, floating)
-            out = _call(op, (array_of(x),), attributes)
+            out = _call(op, (array_of(x),), attributes, devices.in_memory_order)
         if not isinstance(x, Variable):
             return out
         if x.node is None or not op.rules or not grad_mode.enabled:
@@ -308,7 +309,7 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
         else:
             x, y = conform(op.name, x, y, floating)
             try:
-                out = _call(op, (array_of(x), array_of(y)), {})
+                out = _call(op, (array_of(x), array_of(y)), {}, devices.in_memory_order)
             except ValueError:
                 raise _shape_error(op.name, x, y) from None
         node_x = x.node if isinstance(x, Variable) else None
@@ -419,14 +420,16 @@ def conform(name: str, x: Any, y: Any, floating: bool = False) -> tuple[Any, Any
     return x, y
 
 
-def _call(op: Operation, arrays: Sequence[Any], attributes: dict[str, Any]) -> Any:
+def _call(
+    op: Operation, arrays: Sequence[Any], attributes: dict[str, Any], call: Any = operator.call
+) -> Any:
     """Run a forward on arrays that are not all NumPy's: on their device, after checking that it is one."""
     located = [array for array in arrays if hasattr(array, "dtype")]
     devices.check_same_device(op.name, *located)
     for array in located:
         if devices.array_module(array) is not np:
             with array.device:
-                return op.forward(*arrays, **attributes)
+                return call(op.forward, *arrays, **attributes)
     return op.forward(*arrays, **attributes)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import operator
 import sys
 import warnings
 import weakref
@@ -404,10 +405,16 @@ def _pull(
         if share.shape != parent.shape or share.dtype != parent.dtype:
             _refuse_share(node, share, parent)
         if parent in gradients:
-            gradients[parent] = gradients[parent] + share
+            gradients[parent] = _sum(gradients[parent], share)
         else:
             gradients[parent] = share
             heapq.heappush(heap, (-parent.index, parent))
+
+
+def _sum(x: Any, y: Any) -> Any:
+    if type(x) is np.ndarray or isinstance(x, Variable):
+        return x + y
+    return devices.in_memory_order(operator.add, x, y)
 
 
 def _leading_to(targets: set[Node], roots: Iterable[Node]) -> set[Node]:
@@ -477,7 +484,7 @@ def _accumulate_at_leaf(node: Node, gradients: dict[Node, Any], create_graph: bo
     """Add a complete gradient to its leaf's `grad`, unless nobody holds the leaf any more."""
     leaf = node.leaf() if node.leaf is not None else None
     if leaf is not None and leaf._grad is None and not _is_sole_owner(gradients, node):
-        gradients[node] = gradients[node].copy()
+        gradients[node] = gradients[node].copy(order="K")
     grad = gradients.pop(node)
     if leaf is not None:
         _accumulate(leaf, grad, create_graph)

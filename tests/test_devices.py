@@ -24,6 +24,7 @@ from gradengine.devices import (
     device,
     device_count,
     device_of,
+    in_memory_order,
     resolve,
     set_default_device,
     synchronize,
@@ -469,3 +470,19 @@ class TestDoctor:
         result = self.run(*arguments)
         assert result.returncode == 2
         assert result.stderr.startswith("usage: python -m gradengine")
+
+
+def test_results_lie_in_memory_as_the_inputs_do() -> None:
+    """CuPy's elementwise functions give C order; a function of NumPy's arrays does so here."""
+    x = np.arange(120.0).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)  # channels-last
+    vector = np.arange(5.0)
+
+    def add(a: np.ndarray, b: np.ndarray, factor: float = 1.0) -> np.ndarray:
+        return np.ascontiguousarray(a + factor * b)
+
+    for other in (x + 1, np.ones((2, 3, 4, 5)), vector, vector[:, None][:4], np.float64(2.0)):
+        for pair in ((x, other), (other, x)):
+            out = in_memory_order(add, *pair, factor=3.0)
+            np.testing.assert_array_equal(out, pair[0] + 3 * pair[1])
+            assert out.strides == x.strides
+    assert in_memory_order(add, vector, vector).shape == (5,)
