@@ -7,8 +7,8 @@ from itertools import product
 
 import gradengine as ge
 from gradengine import nn
-from gradengine.kernels.cpu import code_cache
 from gradengine.kernels.cache_folder import private_cache_folder
+from gradengine.kernels.cpu import code_cache
 
 _SIDES = (64, 224)  # pixels: kernels are chosen by shape
 
