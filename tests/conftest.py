@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 from gradengine.devices import cuda_unavailable_reason, import_cupy, set_default_device
+from tests.emulator.fixtures import emulated_cuda  # noqa: F401 - a fixture of all tests
 
 # How long an example takes depends on what else the machine does: no test is about time.
 hypothesis.settings.register_profile("gradengine", hypothesis.settings(), deadline=None)

@@ -1,6 +1,5 @@
-"""The three ways to run a kernel, and arrays in awkward memory."""
+"""The three ways to run a kernel: on the CPU, by CUDA emulated on the CPU, and on a GPU."""
 
-import importlib
 import math
 import sys
 from types import ModuleType
@@ -10,22 +9,6 @@ import pytest
 
 from gradengine import kernels
 from gradengine.devices import import_cupy
-
-CUDA_FAMILIES = {
-    "activation": ("relu", "relu_grad"),
-    "conv2d": ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"),
-    "pooling": (
-        "max_pool2d",
-        "max_pool2d_scatter",
-        "max_pool2d_gather",
-        "avg_pool2d",
-        "avg_pool2d_grad",
-    ),
-    "normalization": ("batch_norm_act", "batch_norm_act_grad", "scale_shift"),
-    "loss": ("softmax_cross_entropy", "softmax_cross_entropy_grad"),
-    "resize": ("weigh",),
-    "special": ("erf",),
-}
 
 ELEMENTWISE = ("erf", "relu", "relu_grad")  # these keep the layout they are given
 
@@ -38,7 +21,7 @@ class Place:
 
     def __call__(self, kernel, *arguments):
         dtype = arguments[0].dtype
-        results = self._function(kernel)(*map(self._give, arguments))
+        results = getattr(kernels, kernel)(*map(self._give, arguments))
         several = isinstance(results, tuple)
         for result in results if several else (results,):
             if result is None:
@@ -47,12 +30,6 @@ class Place:
             if result.ndim == 4 and kernel not in ELEMENTWISE:
                 assert result.transpose(0, 2, 3, 1).flags.c_contiguous
         return tuple(map(self._take, results)) if several else self._take(results)
-
-    def _function(self, kernel):
-        if self.name != "cuda_on_numpy":
-            return getattr(kernels, kernel)
-        family = next(key for key, names in CUDA_FAMILIES.items() if kernel in names)
-        return getattr(importlib.import_module(f"gradengine.kernels.cuda.{family}"), kernel)
 
     def _give(self, argument):
         if self.name != "cupy" or not isinstance(argument, np.ndarray):
@@ -73,9 +50,10 @@ class Place:
         )
 
 
-@pytest.fixture(params=["cpu", "cuda_on_numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cupy", marks=pytest.mark.gpu)])
 def place(request, monkeypatch):
-    if request.param == "cuda_on_numpy":
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_cuda")
         # CuPy's erf takes no NumPy array: the test hands in a stand-in of the same name
         stand_in = ModuleType("cupyx.scipy.special")
         stand_in.__dict__["erf"] = lambda x: np.vectorize(math.erf, otypes=[x.dtype])(x)

@@ -1,0 +1,58 @@
+// The emulated side of kernels/cuda/instructions.cuh: the same names, one for one.
+// runtime.cpp does the work, with the same layouts of fragments. The include path makes
+// `#include <instructions.cuh>` find this file instead of the shipped one.
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+
+template <typename T>
+DEVICE T* dynamic_shared_memory() {
+    return reinterpret_cast<T*>(emulator::dynamic_shared);
+}
+
+DEVICE uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
+
+DEVICE float float16_bits_to_float(uint16_t bits) { return emulator::float16_bits_to_float(bits); }
+
+DEVICE uint16_t float_to_float16_bits(float value) { return emulator::float_to_float16_bits(value); }
+
+template <int BYTES>
+DEVICE void copy_async(void* destination, const void* source, bool valid,
+                       EmulatorSite site = EmulatorSite::here()) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
+    emulator::copy_async(destination, source, BYTES, valid, site);
+}
+
+DEVICE void commit_copies() { emulator::commit_copies(); }
+
+template <int PENDING>
+DEVICE void wait_copies() {
+    emulator::wait_copies(PENDING);
+}
+
+DEVICE void load_matrices(uint32_t (&fragment)[4], const void* row,
+                          EmulatorSite site = EmulatorSite::here()) {
+    emulator::load_matrices(fragment, row, false, site);
+}
+
+DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const void* row,
+                                     EmulatorSite site = EmulatorSite::here()) {
+    emulator::load_matrices(fragment, row, true, site);
+}
+
+DEVICE uint32_t round_to_tf32(uint32_t bits) { return bits + 0x1000u; }
+
+DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                          EmulatorSite site = EmulatorSite::here()) {
+    emulator::multiply_tf32(d, a, b, site);
+}
+
+DEVICE void multiply_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             EmulatorSite site = EmulatorSite::here()) {
+    emulator::multiply_float16(d, a, b, site);
+}
+
+DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              EmulatorSite site = EmulatorSite::here()) {
+    emulator::multiply_bfloat16(d, a, b, site);
+}

@@ -1,0 +1,761 @@
+// The emulated GPU: fibers, barriers, warps, shared memory, asynchronous copies, tensor cores.
+#include "runtime.h"
+
+#include <algorithm>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+namespace emulator {
+
+Thread* current;
+uint3 block_index;
+dim3 block_size, grid_size;
+unsigned char* dynamic_shared;
+
+namespace {
+
+constexpr int MAX_THREADS = 1024;
+constexpr size_t STACK_BYTES = 256 * 1024;
+constexpr size_t SHARED_CAPACITY = 256 * 1024;
+constexpr size_t SHARED_ALIGNMENT = 1024;  // of instructions.cuh's dynamic_shared_memory
+constexpr unsigned char POISON = 0xff;     // four of them are a NaN, two as well
+
+enum Order { FORWARD, REVERSE, RANDOM };
+
+struct Settings {
+    int order = FORWARD;
+    uint32_t seed = 1;
+    bool lazy_copies = true;    // asynchronous copies land when waited for, not when issued
+    bool lazy_products = true;  // the same for warpgroup products
+} settings;
+
+struct Statistics {
+    unsigned long long blocks, switches, shuffles, copies, matrix_loads, bank_conflicts, products;
+} statistics;
+
+struct Copy {
+    void* destination;
+    const void* source;
+    int bytes;
+    bool valid;
+};
+
+struct Fiber : Thread {
+    void* context;  // where it goes on: a stack pointer, or a ucontext_t
+    bool done;
+    Site waits_at;
+    std::deque<std::vector<Copy>> groups;  // committed, oldest first
+    std::vector<Copy> open_group;
+};
+
+// The lanes of a warp that wait for each other at one instruction.
+struct Meeting {
+    uint32_t mask, arrived;
+    const char* instruction;
+    Site site;
+    void* deposits[32];
+};
+
+Fiber fibers[MAX_THREADS];
+Meeting meetings[MAX_THREADS / 32];
+int thread_count;
+std::vector<Fiber*> at_barrier;
+Site barrier_site;
+
+std::deque<Fiber*> ready;
+void* scheduler_context;
+unsigned char* stacks;
+unsigned char* shared_arena;
+Launch launch_now;
+uint32_t random_state;
+
+bool failed;
+std::string error;
+uintptr_t error_address;  // of the machine instruction, where no source line is known
+std::string error_library;
+
+// ---- fibers -------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void** save, void* load);
+// Saves what the calling convention lets a function keep, changes stacks, and restores the same.
+asm(R"(
+.text
+.p2align 4
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulator_switch, .-emulator_switch
+)");
+
+void switch_context(void** save, void* load) { emulator_switch(save, load); }
+
+void prepare_context(Fiber& fiber, unsigned char* stack_end, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack_end);
+    *--top = nullptr;  // entry finds the stack as after a call
+    *--top = reinterpret_cast<void*>(entry);
+    for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+    fiber.context = top;
+}
+#else  // two system calls a switch: about ten times slower
+ucontext_t contexts[MAX_THREADS], scheduler_ucontext, abandoned;
+
+void switch_context(void** save, void* load) {
+    ucontext_t* from = &abandoned;
+    if (save == &scheduler_context) {
+        from = &scheduler_ucontext;
+        *save = from;
+    } else if (*save) {
+        from = static_cast<ucontext_t*>(*save);
+    }
+    swapcontext(from, static_cast<ucontext_t*>(load));
+}
+
+void prepare_context(Fiber& fiber, unsigned char* stack_end, void (*entry)()) {
+    ucontext_t& context = contexts[fiber.rank];
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack_end - STACK_BYTES / 2;
+    context.uc_stack.ss_size = STACK_BYTES / 2;
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+    fiber.context = &context;
+}
+#endif
+
+[[noreturn]] void leave_launch() {
+    void* never_read = nullptr;
+    switch_context(&never_read, scheduler_context);
+    __builtin_unreachable();
+}
+
+const char* base_name(const char* path) {
+    const char* slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+std::string name(Site site) {
+    return std::string(base_name(site.file)) + " line " + std::to_string(site.line);
+}
+
+bool same(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+
+std::string where() {
+    char text[128];
+    snprintf(text, sizeof text, "block (%u, %u, %u), thread (%u, %u, %u)", block_index.x, block_index.y,
+             block_index.z, current->index.x, current->index.y, current->index.z);
+    return text;
+}
+
+[[noreturn]] void fail_with(std::string message) {
+    if (!failed) error = std::move(message);
+    failed = true;
+    leave_launch();
+}
+
+// Nobody can go on: say where everybody stands.
+[[noreturn]] void report_deadlock() {
+    std::vector<std::pair<Site, int>> waiting;
+    int exited = 0;
+    for (int i = 0; i < thread_count; ++i) {
+        if (fibers[i].done) {
+            ++exited;
+            continue;
+        }
+        auto known = std::find_if(waiting.begin(), waiting.end(),
+                                  [&](auto& entry) { return same(entry.first, fibers[i].waits_at); });
+        if (known == waiting.end()) waiting.push_back({fibers[i].waits_at, 1});
+        else ++known->second;
+    }
+    std::string message = "block (" + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) +
+                          ", " + std::to_string(block_index.z) + "): deadlock";
+    for (auto& [site, count] : waiting)
+        message += ", " + std::to_string(count) + " threads wait at " + name(site);
+    fail_with(message + ", " + std::to_string(exited) + " have exited");
+}
+
+// Lets the next fiber run. The caller has noted itself wherever it waits, or is done.
+void give_way() {
+    Fiber* from = static_cast<Fiber*>(current);
+    if (ready.empty()) {
+        if (std::any_of(fibers, fibers + thread_count, [](Fiber& fiber) { return !fiber.done; }))
+            report_deadlock();
+        leave_launch();
+    }
+    Fiber* to = ready.front();
+    ready.pop_front();
+    current = to;
+    ++statistics.switches;
+    if (to != from) switch_context(&from->context, to->context);
+}
+
+uint32_t random_below(uint32_t bound) {
+    random_state = random_state * 1664525u + 1013904223u;
+    return uint32_t((uint64_t(random_state >> 8) * bound) >> 24);
+}
+
+template <typename T>
+void arrange(T* items, int count) {
+    if (settings.order == REVERSE) std::reverse(items, items + count);
+    if (settings.order == RANDOM)
+        for (int i = count - 1; i > 0; --i) std::swap(items[i], items[random_below(i + 1)]);
+}
+
+void release(Fiber** waiting, int count) {  // in order of rank
+    arrange(waiting, count);
+    ready.insert(ready.end(), waiting, waiting + count);
+}
+
+void run_thread() {
+    launch_now.body(launch_now.context);
+    static_cast<Fiber*>(current)->done = true;
+    give_way();
+    __builtin_unreachable();
+}
+
+// ---- warps --------------------------------------------------------------------------------------------
+
+// Every lane of mask leaves a pointer; the last one to come runs `work(deposits)`, then all go on.
+template <typename Work>
+void meet(uint32_t mask, const char* instruction, void* deposit, Site site, Work work) {
+    Fiber* fiber = static_cast<Fiber*>(current);
+    Meeting& meeting = meetings[fiber->warp];
+    const uint32_t bit = 1u << fiber->lane;
+    if (!(mask & bit)) fail(site, "%s: lane %d is not in its own mask %08x", instruction, fiber->lane, mask);
+    if (!meeting.arrived) {
+        meeting.mask = mask;
+        meeting.instruction = instruction;
+        meeting.site = site;
+    } else if (meeting.mask != mask || meeting.instruction != instruction || !same(meeting.site, site)) {
+        fail(site, "warp %d has diverged: %s with mask %08x meets %s with mask %08x at %s", fiber->warp,
+             instruction, mask, meeting.instruction, meeting.mask, name(meeting.site).c_str());
+    }
+    meeting.arrived |= bit;
+    meeting.deposits[fiber->lane] = deposit;
+    fiber->waits_at = site;
+    if (meeting.arrived != mask) {
+        give_way();
+        return;
+    }
+    work(meeting.deposits);
+    meeting.arrived = 0;
+    Fiber* others[32];
+    int count = 0;
+    for (int lane = 0; lane < 32; ++lane)
+        if ((mask >> lane & 1) && lane != fiber->lane) others[count++] = &fibers[fiber->warp * 32 + lane];
+    release(others, count);
+    if (settings.order != FORWARD) {  // the last to come need not be the first to go on
+        ready.push_back(fiber);
+        give_way();
+    }
+}
+
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+bool in_shared_memory(const void* pointer, size_t bytes) {
+    auto inside = [&](const unsigned char* begin, const unsigned char* end) {
+        auto first = static_cast<const unsigned char*>(pointer);
+        return first >= begin && first + bytes <= end;
+    };
+    return inside(dynamic_shared, dynamic_shared + launch_now.dynamic_bytes) ||
+           inside(launch_now.static_begin, launch_now.static_end);
+}
+
+void land(const Copy& copy) {
+    if (copy.valid) memcpy(copy.destination, copy.source, copy.bytes);
+    else memset(copy.destination, 0, copy.bytes);
+}
+
+// Sixteen-byte rows of one matrix are read at once if they lie in different groups of four banks.
+int bank_conflicts(const char* const* rows) {
+    int worst = 0;
+    for (int i = 0; i < 8; ++i) {
+        int others = 0;
+        for (int j = 0; j < i; ++j)
+            others += rows[j] != rows[i] && (uintptr_t(rows[j]) / 16 - uintptr_t(rows[i]) / 16) % 8 == 0;
+        worst = std::max(worst, others);
+    }
+    return worst;
+}
+
+struct Product {
+    float* d;
+    const uint32_t *a, *b;
+};
+
+struct Tile {
+    float a[16][16], b[16][8], d[16][8];  // b[k][n]
+};
+
+template <int K>
+void multiply(Tile& tile) {
+    for (int m = 0; m < 16; ++m)
+        for (int k = 0; k < K; ++k)
+            for (int n = 0; n < 8; ++n) tile.d[m][n] += tile.a[m][k] * tile.b[k][n];
+}
+
+// Collects the fragments of 32 lanes, multiplies, hands the result out. set_a and set_b(tile, product,
+// g, t) write one lane's operands.
+template <int K, typename SetOperands>
+void multiply_fragments(const char* instruction, Product product, Site site, SetOperands set_operands) {
+    meet(ALL_LANES, instruction, &product, site, [&](void* const* deposits) {
+        ++statistics.products;
+        static Tile tile;
+        for (int lane = 0; lane < 32; ++lane) {
+            const Product& of_lane = *static_cast<Product*>(deposits[lane]);
+            const int g = lane / 4, t = lane % 4;
+            for (int i = 0; i < 4; ++i) tile.d[g + i / 2 * 8][2 * t + i % 2] = of_lane.d[i];
+            set_operands(tile, of_lane, g, t);
+        }
+        multiply<K>(tile);
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            for (int i = 0; i < 4; ++i)
+                static_cast<Product*>(deposits[lane])->d[i] = tile.d[g + i / 2 * 8][2 * t + i % 2];
+        }
+    });
+}
+
+template <typename ToFloat>
+void multiply_16_bit(const char* instruction, Product product, Site site, ToFloat to_float) {
+    multiply_fragments<16>(instruction, product, site, [&](Tile& tile, const Product& lane, int g, int t) {
+        for (int half = 0; half < 2; ++half) {
+            for (int i = 0; i < 4; ++i)
+                tile.a[g + i % 2 * 8][2 * t + half + i / 2 * 8] = to_float(uint16_t(lane.a[i] >> 16 * half));
+            for (int i = 0; i < 2; ++i)
+                tile.b[2 * t + half + i * 8][g] = to_float(uint16_t(lane.b[i] >> 16 * half));
+        }
+    });
+}
+
+float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+// ---- faults -------------------------------------------------------------------------------------------
+
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
+
+void on_fault(int signal_number, siginfo_t* info, void* context) {
+    Dl_info library{};
+#if defined(__x86_64__)
+    const auto instruction = uintptr_t(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+#else
+    const uintptr_t instruction = 0;
+#endif
+    if (dladdr(reinterpret_cast<void*>(instruction), &library) && library.dli_fname) {
+        error_library = library.dli_fname;
+        error_address = instruction - uintptr_t(library.dli_fbase);
+    }
+    if (signal_number != SIGSEGV && signal_number != SIGBUS)
+        fail_with(where() + ": " + strsignal(signal_number));
+    const auto fault = static_cast<unsigned char*>(info->si_addr);
+    const bool shared = fault >= shared_arena && fault < shared_arena + SHARED_CAPACITY + 4096;
+    const bool stack = fault >= stacks && fault < stacks + STACK_BYTES * MAX_THREADS;
+    fail_with(where() + (shared  ? ": access past the end of shared memory"
+                         : stack ? ": the thread's stack is full"
+                                 : ": access outside of every array"));
+}
+
+class FaultHandler {
+public:
+    FaultHandler() {
+        stack_t stack{};
+        stack.ss_sp = memory;
+        stack.ss_size = sizeof memory;
+        sigaltstack(&stack, &old_stack);
+        struct sigaction action{};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+        for (size_t i = 0; i < std::size(SIGNALS); ++i) sigaction(SIGNALS[i], &action, &old_actions[i]);
+    }
+    ~FaultHandler() {
+        for (size_t i = 0; i < std::size(SIGNALS); ++i) sigaction(SIGNALS[i], &old_actions[i], nullptr);
+        if (!old_stack.ss_sp) old_stack.ss_flags |= SS_DISABLE;
+        sigaltstack(&old_stack, nullptr);
+    }
+
+private:
+    static inline char memory[65536];
+    stack_t old_stack;
+    struct sigaction old_actions[std::size(SIGNALS)];
+};
+
+// ---- blocks -------------------------------------------------------------------------------------------
+
+void* map_pages(size_t bytes) {
+    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+
+void make_memory() {
+    if (stacks) return;
+    stacks = static_cast<unsigned char*>(map_pages(STACK_BYTES * MAX_THREADS));
+    for (int i = 0; i < MAX_THREADS; ++i) mprotect(stacks + STACK_BYTES * i, 4096, PROT_NONE);
+    shared_arena = static_cast<unsigned char*>(map_pages(SHARED_CAPACITY + 4096));
+    mprotect(shared_arena + SHARED_CAPACITY, 4096, PROT_NONE);
+}
+
+void prepare_thread(int rank) {
+    Fiber& fiber = fibers[rank];
+    fiber.rank = rank;
+    fiber.lane = rank % 32;
+    fiber.warp = rank / 32;
+    const unsigned x = block_size.x, y = block_size.y, r = unsigned(rank);
+    fiber.index = {r % x, r / x % y, r / (x * y)};
+    fiber.done = false;
+    fiber.waits_at = {"the kernel's start", 0};
+    fiber.groups.clear();
+    fiber.open_group.clear();
+    // Stacks that all ended at a multiple of 256 KB would share one set of each cache.
+    const size_t color = size_t(rank % 61) * 1088 + 64;
+    prepare_context(fiber, stacks + STACK_BYTES * (rank + 1) - color, run_thread);
+}
+
+void run_block() {
+    ++statistics.blocks;
+    memset(dynamic_shared, POISON, shared_arena + SHARED_CAPACITY - dynamic_shared);
+    memset(launch_now.static_begin, POISON, launch_now.static_end - launch_now.static_begin);
+    memset(meetings, 0, sizeof meetings);
+    at_barrier.clear();
+    ready.clear();
+    std::vector<Fiber*> order;
+    for (int rank = 0; rank < thread_count; ++rank) {
+        prepare_thread(rank);
+        order.push_back(&fibers[rank]);
+    }
+    release(order.data(), thread_count);
+    current = ready.front();
+    void* first = ready.front()->context;
+    ready.pop_front();
+    switch_context(&scheduler_context, first);
+    // Between the last byte and the guard page alignment leaves a few bytes that nobody may write.
+    const unsigned char* end = dynamic_shared + launch_now.dynamic_bytes;
+    const bool intact = std::all_of(end, static_cast<const unsigned char*>(shared_arena + SHARED_CAPACITY),
+                                    [](unsigned char byte) { return byte == POISON; });
+    if (!failed && !intact) {
+        failed = true;
+        error = "block (" + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) + ", " +
+                std::to_string(block_index.z) + "): wrote past the end of shared memory";
+    }
+}
+
+void run_grid() {
+    std::vector<uint3> blocks;
+    for (unsigned z = 0; z < grid_size.z; ++z)
+        for (unsigned y = 0; y < grid_size.y; ++y)
+            for (unsigned x = 0; x < grid_size.x; ++x) blocks.push_back({x, y, z});
+    arrange(blocks.data(), int(blocks.size()));
+    for (uint3 index : blocks) {
+        block_index = index;
+        run_block();
+        if (failed) return;
+    }
+}
+
+}  // namespace
+
+// ---- what device code calls -----------------------------------------------------------------------------
+
+void fail(Site site, const char* format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    fail_with(where() + ", " + name(site) + ": " + text);
+}
+
+void synchronize_block(Site site) {
+    Fiber* fiber = static_cast<Fiber*>(current);
+    if (at_barrier.empty()) barrier_site = site;
+    else if (!same(barrier_site, site))
+        fail(site, "__syncthreads meets another one, of %d threads at %s", int(at_barrier.size()),
+             name(barrier_site).c_str());
+    fiber->waits_at = site;
+    at_barrier.push_back(fiber);
+    if (int(at_barrier.size()) == thread_count) {
+        at_barrier.clear();
+        Fiber* all[MAX_THREADS];
+        for (int rank = 0; rank < thread_count; ++rank) all[rank] = &fibers[rank];
+        release(all, thread_count);
+    }
+    give_way();
+}
+
+int count_block(bool predicate, Site site) {
+    static int votes;  // of the barrier that is filling; read by all before the next one can fill
+    static int result;
+    if (at_barrier.empty()) votes = 0;
+    votes += predicate;
+    if (int(at_barrier.size()) == thread_count - 1) result = votes;
+    synchronize_block(site);
+    return result;
+}
+
+void synchronize_warp(uint32_t mask, Site site) {
+    meet(mask, "__syncwarp", nullptr, site, [](void* const*) {});
+}
+
+void shuffle(uint32_t mask, void* value, size_t size, int source, Site site) {
+    struct Deposit {
+        void* value;
+        int source;
+        unsigned char received[16];
+    } deposit{value, source, {}};
+    if (source >= 0 && source < 32 && !(mask >> source & 1))
+        fail(site, "shuffle reads lane %d, which is not in the mask %08x", source, mask);
+    meet(mask, "shuffle", &deposit, site, [&](void* const* deposits) {
+        ++statistics.shuffles;
+        auto of_lane = [&](int lane) { return static_cast<Deposit*>(deposits[lane]); };
+        for (int lane = 0; lane < 32; ++lane) {
+            if (!(mask >> lane & 1)) continue;
+            const int from = of_lane(lane)->source;
+            memcpy(of_lane(lane)->received, of_lane(from >= 0 && from < 32 ? from : lane)->value, size);
+        }
+    });
+    memcpy(value, deposit.received, size);
+}
+
+uint32_t ballot(uint32_t mask, bool predicate, Site site) {
+    struct Deposit {
+        bool predicate;
+        uint32_t result;
+    } deposit{predicate, 0};
+    meet(mask, "vote", &deposit, site, [&](void* const* deposits) {
+        uint32_t result = 0;
+        for (int lane = 0; lane < 32; ++lane)
+            if ((mask >> lane & 1) && static_cast<Deposit*>(deposits[lane])->predicate) result |= 1u << lane;
+        for (int lane = 0; lane < 32; ++lane)
+            if (mask >> lane & 1) static_cast<Deposit*>(deposits[lane])->result = result;
+    });
+    return deposit.result;
+}
+
+void copy_async(void* destination, const void* source, int bytes, bool valid, Site site) {
+    if (uintptr_t(destination) % bytes || uintptr_t(source) % bytes)
+        fail(site, "copy_async of %d bytes is misaligned (destination %p, source %p)", bytes, destination,
+             source);
+    if (!in_shared_memory(destination, bytes)) fail(site, "copy_async writes outside of shared memory");
+    ++statistics.copies;
+    const Copy copy{destination, source, bytes, valid};
+    if (settings.lazy_copies) static_cast<Fiber*>(current)->open_group.push_back(copy);
+    else land(copy);
+}
+
+void commit_copies() {
+    Fiber* fiber = static_cast<Fiber*>(current);
+    fiber->groups.push_back(std::move(fiber->open_group));
+    fiber->open_group.clear();
+}
+
+void wait_copies(int pending) {
+    Fiber* fiber = static_cast<Fiber*>(current);
+    while (int(fiber->groups.size()) > pending) {
+        for (const Copy& copy : fiber->groups.front()) land(copy);
+        fiber->groups.pop_front();
+    }
+}
+
+void load_matrices(uint32_t* fragment, const void* row, bool transposed, Site site) {
+    struct Deposit {
+        uint32_t* fragment;
+        const char* row;
+    } deposit{fragment, static_cast<const char*>(row)};
+    if (uintptr_t(row) % 16) fail(site, "load_matrices: row %p is not at a multiple of 16 bytes", row);
+    if (!in_shared_memory(row, 16)) fail(site, "load_matrices reads outside of shared memory");
+    const char* instruction = transposed ? "load_matrices_transposed" : "load_matrices";
+    meet(ALL_LANES, instruction, &deposit, site, [&](void* const* deposits) {
+        auto of_lane = [&](int lane) { return static_cast<Deposit*>(deposits[lane]); };
+        ++statistics.matrix_loads;
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            const char* rows[8];
+            for (int i = 0; i < 8; ++i) rows[i] = of_lane(8 * matrix + i)->row;
+            statistics.bank_conflicts += bank_conflicts(rows);
+            for (int lane = 0; lane < 32; ++lane) {
+                const int g = lane / 4, t = lane % 4;
+                char* to = reinterpret_cast<char*>(&of_lane(lane)->fragment[matrix]);
+                if (transposed) {
+                    memcpy(to, rows[2 * t] + 2 * g, 2);
+                    memcpy(to + 2, rows[2 * t + 1] + 2 * g, 2);
+                } else {
+                    memcpy(to, rows[g] + 4 * t, 4);
+                }
+            }
+        }
+    });
+}
+
+void multiply_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site) {
+    auto to_float = [](uint32_t bits) { return as_float(bits & 0xffffe000u); };
+    multiply_fragments<8>("multiply_tf32", {d, a, b}, site,
+                          [&](Tile& tile, const Product& lane, int g, int t) {
+                              for (int i = 0; i < 4; ++i)
+                                  tile.a[g + i % 2 * 8][t + i / 2 * 4] = to_float(lane.a[i]);
+                              for (int i = 0; i < 2; ++i) tile.b[t + i * 4][g] = to_float(lane.b[i]);
+                          });
+}
+
+void multiply_float16(float* d, const uint32_t* a, const uint32_t* b, Site site) {
+    multiply_16_bit("multiply_float16", {d, a, b}, site, float16_bits_to_float);
+}
+
+void multiply_bfloat16(float* d, const uint32_t* a, const uint32_t* b, Site site) {
+    multiply_16_bit("multiply_bfloat16", {d, a, b}, site,
+                    [](uint16_t bits) { return as_float(uint32_t(bits) << 16); });
+}
+
+float float16_bits_to_float(uint16_t bits) {
+    const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
+    const uint32_t exponent_and_mantissa = uint32_t(bits & 0x7fffu) << 13;
+    if ((bits & 0x7c00u) == 0x7c00u)  // infinity or NaN
+        return as_float(sign | 0x7f800000u | exponent_and_mantissa);
+    return as_float(sign | as_bits(as_float(exponent_and_mantissa) * 0x1p112f));  // 127 - 15 more
+}
+
+uint16_t float_to_float16_bits(float value) {
+    const uint32_t bits = as_bits(value);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fffu;           // every NaN is this one
+    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;   // from 65520 on it rounds to infinity
+    if (magnitude < 0x38800000u) {                         // subnormal: the sum rounds to multiples of 2^-24
+        const uint32_t sum = as_bits(as_float(magnitude) + 0.5f);
+        return sign | uint16_t(sum - as_bits(0.5f));
+    }
+    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+    return sign | uint16_t((rounded - 0x38000000u) >> 13);
+}
+
+uint32_t shared_address(const void* pointer) {
+    return uint32_t(static_cast<const unsigned char*>(pointer) - dynamic_shared) + SHARED_ALIGNMENT;
+}
+
+bool run(const Launch& launch) {
+    make_memory();
+    launch_now = launch;
+    grid_size = launch.grid;
+    block_size = launch.block;
+    thread_count = int(block_size.x * block_size.y * block_size.z);
+    random_state = settings.seed;
+    failed = false;
+    error.clear();
+    error_library.clear();
+    const size_t aligned = (launch.dynamic_bytes + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
+    dynamic_shared = shared_arena + SHARED_CAPACITY - aligned;
+    FaultHandler handler;
+    run_grid();
+    return !failed;
+}
+
+}  // namespace emulator
+
+// ---- what g++ calls where -fsanitize finds undefined behaviour -----------------------------------------
+
+namespace {
+
+struct SourceLocation {
+    const char* file;
+    uint32_t line, column;
+};
+
+struct TypeDescriptor {
+    uint16_t kind, information;
+    char name[1];
+};
+
+struct TypeMismatch {
+    SourceLocation location;
+    TypeDescriptor* type;
+    unsigned char log2_alignment, access;
+};
+
+struct OutOfBounds {
+    SourceLocation location;
+    TypeDescriptor *array, *index;
+};
+
+[[noreturn]] void undefined(const SourceLocation& location, const std::string& message) {
+    emulator::fail({location.file, int(location.line)}, "%s", message.c_str());
+}
+
+}  // namespace
+
+extern "C" {
+
+void __ubsan_handle_type_mismatch_v1_abort(TypeMismatch* data, uintptr_t pointer) {
+    char address[32];
+    snprintf(address, sizeof address, "%#zx", size_t(pointer));
+    if (!pointer) undefined(data->location, "access through a null pointer");
+    undefined(data->location, std::string("misaligned access of ") + data->type->name + " at " + address +
+                                  ", not a multiple of " + std::to_string(1 << data->log2_alignment));
+}
+
+void __ubsan_handle_out_of_bounds_abort(OutOfBounds* data, uintptr_t index) {
+    undefined(data->location, "index " + std::to_string(intptr_t(index)) + " is out of bounds of " +
+                                  data->array->name);
+}
+
+void __ubsan_handle_shift_out_of_bounds_abort(SourceLocation* location, uintptr_t, uintptr_t by) {
+    undefined(*location, "shift by " + std::to_string(intptr_t(by)) + ", not 0 to the width less 1");
+}
+
+#define EMULATOR_OVERFLOW(operation, text)                                                          \
+    void __ubsan_handle_##operation##_overflow_abort(SourceLocation* location, uintptr_t, uintptr_t) { \
+        undefined(*location, text);                                                                 \
+    }
+EMULATOR_OVERFLOW(add, "a signed sum overflows")
+EMULATOR_OVERFLOW(sub, "a signed difference overflows")
+EMULATOR_OVERFLOW(mul, "a signed product overflows")
+EMULATOR_OVERFLOW(negate, "a signed negation overflows")
+EMULATOR_OVERFLOW(divrem, "division by zero")
+}
+
+// ---- what emulator.py calls -----------------------------------------------------------------------------
+
+extern "C" {
+
+const char* emulator_error() { return emulator::error.c_str(); }
+const char* emulator_error_library() { return emulator::error_library.c_str(); }
+size_t emulator_error_address() { return emulator::error_address; }
+
+void emulator_configure(int order, unsigned seed, int lazy_copies, int lazy_products) {
+    emulator::settings = {order, seed, lazy_copies != 0, lazy_products != 0};
+}
+
+void emulator_statistics(unsigned long long* values, int reset) {
+    memcpy(values, &emulator::statistics, sizeof emulator::statistics);
+    if (reset) emulator::statistics = {};
+}
+}
