@@ -158,27 +158,37 @@ def batch_norm_act(
     relu: bool,
     eps: float,
     moments: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array, Array]:
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    momentum: float = 0.0,
+) -> tuple[Array, Array, Array, Array | None]:
     """Normalize each channel of x (N, C, H, W) by its own mean and biased variance.
 
-    weight and bias are (C,) or None, residual is shaped like x or None. moments are mean and
-    variance as `conv2d_moments` gives them, where they are known already. Returns
-    out = (x - mean) / sqrt(var + eps) * weight + bias + residual, with relu at least 0, then mean
-    and var in x's dtype. Mean and variance of an empty batch are 0.
+    Vectors are (C,), and with 16-bit x may be float32; weight, bias, residual, shaped like x, and
+    the running statistics may be None. moments are mean and variance as `conv2d_moments` gives
+    them, where they are known already. Returns out = (x - mean) * inv_std * weight + bias +
+    residual, with relu at least 0; mean and inv_std = 1 / sqrt(var + eps), float32 for 16-bit x;
+    and what the gradient kernel of this device has to know of relu beside out, or None. Running
+    statistics move in place by the share `momentum`, the variance towards the unbiased one; an
+    empty batch, of mean and variance 0, leaves them as they are.
     """
     name = "batch_norm_act"
-    given = _check_channels(name, x, weight=weight, bias=bias)
-    _check_residual(name, x, residual, given)
+    vectors = {"weight": weight, "bias": bias}
+    vectors |= {"running_mean": running_mean, "running_var": running_var}
+    module = _normalization(name, x, residual, vectors)
     if moments is not None:
         _check_channels(name, x, mean=moments[0], var=moments[1])
-    module = _module(name, "normalization", x=x, **given)
-    return module.batch_norm_act(x, weight, bias, residual, relu, eps, moments)
+    return module.batch_norm_act(
+        *(x, weight, bias, residual, relu, eps, moments),
+        *(running_mean, running_var, momentum),
+    )
 
 
 def batch_norm_act_grad(
     grad: Array,
     x: Array,
     out: Array | None,
+    passed: Array | None,
     weight: Array | None,
     mean: Array,
     inv_std: Array,
@@ -187,18 +197,22 @@ def batch_norm_act_grad(
 ) -> tuple[Array, Array, Array, Array | None]:
     """Give batch_norm_act's gradients by x, weight, bias and, if wanted, residual (else None).
 
-    grad is shaped like x (N, C, H, W), so is its result out, which is read with relu only. mean
-    (C,) is what batch_norm_act returned, inv_std (C,) is 1 / sqrt(var + eps); both depend on x, and
-    the gradient counts it. The residual's may be grad itself.
+    grad is shaped like x (N, C, H, W). out, mean, inv_std and passed, in this order, are the
+    results of batch_norm_act; mean and inv_std depend on x, which the gradient counts, out and
+    passed are read with relu only. Gradients by weight and bias have weight's dtype, without one
+    that of mean. The residual's may be grad itself.
     """
     name = "batch_norm_act_grad"
-    arrays = _check_channels(name, x, weight=weight, mean=mean, inv_std=inv_std)
+    _check_channels(name, x, mean=mean, inv_std=inv_std)
     _check_shape(name, "grad", grad, x.shape)
+    arrays = {"grad": grad}
     if relu:
         _check_shape(name, "out", out, x.shape)
         arrays["out"] = out
-    module = _module(name, "normalization", grad=grad, x=x, **arrays)
-    return module.batch_norm_act_grad(grad, x, out, weight, mean, inv_std, relu, wants_residual)
+    module = _normalization(name, x, None, {"weight": weight}, **arrays)
+    return module.batch_norm_act_grad(
+        grad, x, out, passed, weight, mean, inv_std, relu, wants_residual
+    )
 
 
 def scale_shift(
@@ -206,11 +220,9 @@ def scale_shift(
 ) -> Array:
     """Give x * scale + shift by channel, plus residual, with relu at least 0.
 
-    x and residual are (N, C, H, W), scale and shift (C,).
+    x and residual are (N, C, H, W), scale and shift (C,), with 16-bit x of its dtype or float32.
     """
-    given = _check_channels("scale_shift", x, scale=scale, shift=shift)
-    _check_residual("scale_shift", x, residual, given)
-    module = _module("scale_shift", "normalization", x=x, **given)
+    module = _normalization("scale_shift", x, residual, {"scale": scale, "shift": shift})
     return module.scale_shift(x, scale, shift, residual, relu)
 
 
@@ -374,6 +386,20 @@ def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     return _import_family(device, family)
 
 
+def _normalization(
+    name: str, x: Array, residual: Array | None, vectors: dict[str, Array | None], **arrays: Array
+) -> ModuleType:
+    """Check x, what is shaped like it and vectors by channel; give the module of their kernels."""
+    given = _check_channels(name, x, **vectors)
+    if residual is not None:
+        _check_shape(name, "residual", residual, x.shape)
+        arrays["residual"] = residual
+    dtypes = {vector.dtype for vector in given.values()}
+    if dtypes == {np.dtype(np.float32)} and x.dtype.itemsize == 2:
+        given = {}  # parameters of full precision beside 16-bit activations
+    return _module(name, "normalization", x=x, **arrays, **given)
+
+
 def place(array: Array) -> str:
     """Return whose kernels compute with this array: "cpu" or "cuda"."""
     return "cpu" if isinstance(array, (np.ndarray, np.generic)) else "cuda"
@@ -402,12 +428,6 @@ def _check_rows(name: str, values: Sequence[Array], **rows: Sequence[Array]) -> 
         for array, value in zip(row, values, strict=bool(row)):
             if array.shape != value.shape:
                 _check_shape(name, key, array, value.shape)
-
-
-def _check_residual(name: str, x: Array, residual: Array | None, given: dict[str, Array]) -> None:
-    if residual is not None:
-        _check_shape(name, "residual", residual, x.shape)
-        given["residual"] = residual
 
 
 def _check_shape(name: str, argument: str, array: Any, expected: tuple[int, ...]) -> None:

@@ -17,31 +17,20 @@ from gradengine.tape import Variable
 # ---- batch normalization -------------------------------------------------------------------------
 
 
-def _by_batch(x, weight, bias, residual, *, running_mean, running_var, momentum, relu, **options):
+def _by_batch(x, weight, bias, residual, *, relu, **options):
     """Normalize by the batch's own statistics and move the running ones, in place, towards them."""
     residual = None if residual is None else _images(residual)
-    out, mean, var = kernels.batch_norm_act(_images(x), weight, bias, residual, relu, **options)
-    count = x.size // x.shape[1] if x.size else 0
-    if count and running_mean is not None:
-        _move(running_mean, mean, momentum)
-    if count and running_var is not None:
-        _move(running_var, var * (count / (count - 1)), momentum)
-    inv_std = 1 / array_module(x).sqrt(var + options["eps"])
-    return out.reshape(x.shape), mean, inv_std
+    out, *kept = kernels.batch_norm_act(_images(x), weight, bias, residual, relu, **options)
+    return out.reshape(x.shape), *kept
 
 
-def _move(running: Any, found: Any, momentum: float) -> None:
-    running *= 1 - momentum
-    running += momentum * found
-
-
-@operation(label="NativeBatchNormBackward0", keeps=("mean", "inv_std"))
+@operation(label="NativeBatchNormBackward0", keeps=("mean", "inv_std", "passed"))
 def _batch_norm(x, weight, bias, residual, *, running_mean, running_var, momentum, eps, moments):
     statistics = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
     return _by_batch(x, weight, bias, residual, relu=False, eps=eps, moments=moments, **statistics)
 
 
-@operation(label="BatchNormReluBackward0", keeps=("mean", "inv_std"))
+@operation(label="BatchNormReluBackward0", keeps=("mean", "inv_std", "passed"))
 def _batch_norm_relu(
     x, weight, bias, residual, *, running_mean, running_var, momentum, eps, moments
 ):
@@ -52,23 +41,40 @@ def _batch_norm_relu(
 def _batch_norm_grad(
     grad: Any, wanted: Any, x: Any, weight: Any, mean: Any, inv_std: Any, eps: float
 ) -> Any:
-    return _grad_by_batch(grad, wanted, x, None, weight, mean, inv_std, eps)
+    return _grad_by_batch(grad, wanted, x, None, None, weight, mean, inv_std, eps)
 
 
 def _batch_norm_relu_grad(
-    grad: Any, wanted: Any, x: Any, out: Any, weight: Any, mean: Any, inv_std: Any, eps: float
+    grad: Any,
+    wanted: Any,
+    x: Any,
+    out: Any,
+    passed: Any,
+    weight: Any,
+    mean: Any,
+    inv_std: Any,
+    eps: float,
 ) -> Any:
-    return _grad_by_batch(grad, wanted, x, out, weight, mean, inv_std, eps)
+    return _grad_by_batch(grad, wanted, x, out, passed, weight, mean, inv_std, eps)
 
 
 def _grad_by_batch(
-    grad: Any, wanted: Any, x: Any, out: Any, weight: Any, mean: Any, inv_std: Any, eps: float
+    grad: Any,
+    wanted: Any,
+    x: Any,
+    out: Any,
+    passed: Any,
+    weight: Any,
+    mean: Any,
+    inv_std: Any,
+    eps: float,
 ) -> Any:
     """Return the gradients by x, weight, bias and residual; `out` is None but behind a relu."""
     if not isinstance(grad, Variable):
-        images = None if out is None else _images(out)
+        relu = out is not None
+        images = _images(out) if relu else None
         grads = kernels.batch_norm_act_grad(
-            _images(grad), _images(x), images, weight, mean, inv_std, out is not None, wanted[3]
+            *(_images(grad), _images(x), images, passed, weight, mean, inv_std, relu, wanted[3])
         )
         by_residual = None if grads[3] is None else grads[3].reshape(x.shape)
         return grads[0].reshape(x.shape), *grads[1:3], by_residual
@@ -160,7 +166,8 @@ def batch_norm(
     may be None, in place: r = (1 - momentum) * r + momentum * batch, with unbiased variance.
     Otherwise the running statistics are taken. Ioffe and Szegedy, arXiv:1502.03167.
     Raises ValueError if shapes do not fit, running statistics are missing, or training meets one
-    value per channel; TypeError unless all have one dtype, float32, float64 or on CUDA float16.
+    value per channel; TypeError unless all have one dtype, float32 or float64, on CUDA also float16
+    or bfloat16, beside which vectors may be float32.
     """
     return batch_norm_act(
         x,
@@ -253,7 +260,8 @@ def _check_vectors(x: Any, **vectors: Any) -> None:
                 f"({name}.shape == x.shape[1:2]); got x.shape={tuple(x.shape)}, "
                 f"{name}.shape={tuple(vector.shape)}"
             )
-        if vector.dtype != x.dtype:
+        mixed = x.dtype.itemsize == 2 and vector.dtype == "float32"
+        if vector.dtype != x.dtype and not mixed:
             raise TypeError(
                 f"batch_norm: {name} must have x's dtype ({name}.dtype == x.dtype); "
                 f"got x.dtype={x.dtype}, {name}.dtype={vector.dtype}"

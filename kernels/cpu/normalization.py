@@ -32,26 +32,40 @@ def batch_norm_act(
     residual: Array | None,
     relu: bool,
     eps: float,
-    moments: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array, Array]:
+    moments: tuple[Array, Array] | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+) -> tuple[Array, Array, Array, None]:
     array = kernel_input(x)
     mean, var = _moments(array) if moments is None else moments
     with np.errstate(invalid="ignore"):  # inf - inf: nan is the answer
-        scale = 1.0 / np.sqrt(var + eps)
+        inv_std = scale = 1.0 / np.sqrt(var + eps)
         if weight is not None:
-            scale *= weight
+            scale = inv_std * weight
         center = mean.astype(x.dtype)
         shift = (center - mean) * scale
         if bias is not None:
             shift += bias
         out = _scale_shift(array, center, scale, shift, residual, relu)
-    return out, center, var.astype(x.dtype)
+        count = array.size // max(len(mean), 1)
+        if count:
+            _move(running_mean, mean, momentum)
+            _move(running_var, var * (count / max(count - 1, 1)), momentum)
+    return out, center, inv_std.astype(x.dtype), None
+
+
+def _move(running: Array | None, found: Array, momentum: float) -> None:
+    if running is not None:
+        running *= 1 - momentum
+        running += momentum * found
 
 
 def batch_norm_act_grad(
     grad: Array,
     x: Array,
     out: Array | None,
+    passed: None,
     weight: Array | None,
     mean: Array,
     inv_std: Array,
@@ -61,10 +75,10 @@ def batch_norm_act_grad(
     grads, array = kernel_input(grad), kernel_input(x)
     # Without relu, grad itself says where it passes: everywhere but where it is 0 anyway.
     gate = kernel_input(out) if relu else grads
-    passed = np.empty_like(grads) if relu and wants_residual else None
-    total, products = _grad_sums(grads, gate, array, mean, passed)
-    if passed is not None:
-        grads = gate = passed
+    behind_relu = np.empty_like(grads) if relu and wants_residual else None
+    total, products = _grad_sums(grads, gate, array, mean, behind_relu)
+    if behind_relu is not None:
+        grads = gate = behind_relu
     count = max(array.size // max(len(mean), 1), 1)
     grad_weight = products * inv_std
     # grad_x = scale * (g - mean(g) - (x - mean) * inv_std * mean(g * x_hat))

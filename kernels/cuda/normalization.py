@@ -16,7 +16,10 @@ def batch_norm_act(
     relu: bool,
     eps: float,
     moments: tuple[Array, Array] | None = None,
-) -> tuple[Array, Array, Array]:
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    momentum: float = 0.0,
+) -> tuple[Array, Array, Array, None]:
     array = to_nhwc(x)
     pixels = array.reshape(-1, array.shape[3]).astype(sum_dtype(x.dtype), copy=False)
     if moments is None:
@@ -24,14 +27,25 @@ def batch_norm_act(
     else:
         mean, var = (moment.astype(pixels.dtype) for moment in moments)
         out = pixels - mean
-    out /= array_module(x).sqrt(var + eps)
+    inv_std = 1 / array_module(x).sqrt(var + eps)
+    out *= inv_std
     if weight is not None:
         out *= weight
     if bias is not None:
         out += bias
     out = _add_and_clip(out.reshape(array.shape), residual, relu)
     out = out.astype(x.dtype, copy=False)
-    return from_nhwc(out), mean.astype(x.dtype), var.astype(x.dtype)
+    count = len(pixels)
+    if count:
+        _move(running_mean, mean, momentum)
+        _move(running_var, var * (count / max(count - 1, 1)), momentum)
+    return from_nhwc(out), mean, inv_std, None
+
+
+def _move(running: Array | None, found: Array, momentum: float) -> None:
+    if running is not None:
+        running *= 1 - momentum
+        running += (momentum * found).astype(running.dtype)
 
 
 def _moments(pixels: Array) -> tuple[Array, Array, Array]:
@@ -57,6 +71,7 @@ def batch_norm_act_grad(
     grad: Array,
     x: Array,
     out: Array | None,
+    passed: None,
     weight: Array | None,
     mean: Array,
     inv_std: Array,
@@ -65,8 +80,8 @@ def batch_norm_act_grad(
 ) -> tuple[Array, Array, Array, Array | None]:
     array = to_nhwc(x)
     dtype = sum_dtype(x.dtype)
-    passed = grad if out is None or not relu else relu_grad(grad, out)
-    grads = to_nhwc(passed).reshape(-1, array.shape[3]).astype(dtype, copy=False)
+    behind_relu = grad if out is None or not relu else relu_grad(grad, out)
+    grads = to_nhwc(behind_relu).reshape(-1, array.shape[3]).astype(dtype, copy=False)
     normal = array.reshape(-1, array.shape[3]).astype(dtype) - mean
     normal *= inv_std
     count = max(len(grads), 1)
@@ -77,8 +92,9 @@ def batch_norm_act_grad(
     normal *= grad_weight / count
     by_x = (grads - grad_bias / count - normal) * scale
     by_x = by_x.reshape(array.shape).astype(x.dtype, copy=False)
-    sums = grad_weight.astype(x.dtype), grad_bias.astype(x.dtype)
-    return from_nhwc(by_x), *sums, from_nhwc(to_nhwc(passed)) if wants_residual else None
+    vector_dtype = mean.dtype if weight is None else weight.dtype
+    sums = grad_weight.astype(vector_dtype), grad_bias.astype(vector_dtype)
+    return from_nhwc(by_x), *sums, from_nhwc(to_nhwc(behind_relu)) if wants_residual else None
 
 
 def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:

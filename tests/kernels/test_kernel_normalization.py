@@ -18,13 +18,22 @@ def make(shape, rng, dtype=np.float64):
 
 
 def normalize(place, x, weight, bias):
-    """Give batch norm alone: (out, mean, var)."""
-    return place("batch_norm_act", x, weight, bias, None, False, EPS)
+    """Give batch norm alone: (out, mean, inv_std)."""
+    return place("batch_norm_act", x, weight, bias, None, False, EPS)[:3]
+
+
+def expected_results(x, weight, bias):
+    out, mean, variance = reference.batch_norm(x, weight, bias, EPS)
+    return out, mean, 1 / np.sqrt(variance + EPS)
+
+
+def variance_of(inv_std):
+    return 1 / np.square(inv_std, dtype=np.float64) - EPS
 
 
 def normalize_grad(place, grad, x, weight, mean, inv_std):
     """Give its gradients by x, weight and bias."""
-    arguments = (grad, x, None, weight, mean, inv_std, False, False)
+    arguments = (grad, x, None, None, weight, mean, inv_std, False, False)
     return place("batch_norm_act_grad", *arguments)[:3]
 
 
@@ -36,7 +45,7 @@ def test_forward_matches_plain_loops(shape, dtype, affine, place, rng):
     if not affine:
         weight = bias = None
     results = normalize(place, x, weight, bias)
-    for result, expected in zip(results, reference.batch_norm(x, weight, bias, EPS), strict=True):
+    for result, expected in zip(results, expected_results(x, weight, bias), strict=True):
         assert_close(result, expected, dtype)
 
 
@@ -50,10 +59,10 @@ def test_weight_and_bias_come_alone_as_well(place, rng):
 @pytest.mark.parametrize("mean", [1e3, -1e5])
 def test_variance_survives_a_mean_far_from_zero(mean, place, rng):
     x = (rng.standard_normal((4, 3, 16, 16)) + mean).astype(np.float32)
-    out, got_mean, got_variance = normalize(place, x, None, None)
+    out, got_mean, got_inv_std = normalize(place, x, None, None)
     expected, expected_mean, expected_variance = reference.batch_norm(x, None, None, EPS)
     np.testing.assert_allclose(got_mean, expected_mean, rtol=1e-7)
-    np.testing.assert_allclose(got_variance, expected_variance, rtol=1e-4)
+    np.testing.assert_allclose(variance_of(got_inv_std), expected_variance, rtol=1e-4)
     # the returned mean's own rounding moves out by half a unit of mean's last place
     np.testing.assert_allclose(out, expected, atol=1e-4 + 6e-8 * abs(mean))
 
@@ -61,14 +70,14 @@ def test_variance_survives_a_mean_far_from_zero(mean, place, rng):
 def test_a_far_first_pixel_does_not_spoil_the_variance(place, rng):
     x = rng.standard_normal((4, 2, 8, 8))
     x[0, :, 0, 0] = 1e8
-    _, _, variance = normalize(place, x, None, None)
-    np.testing.assert_allclose(variance, reference.batch_norm(x, None, None, EPS)[2], rtol=1e-10)
+    _, _, inv_std = normalize(place, x, None, None)
+    np.testing.assert_allclose(inv_std, expected_results(x, None, None)[2], rtol=1e-10)
 
 
 def test_constant_channels_have_no_variance(place):
     x = np.full((2, 3, 4, 4), 0.1, np.float32)
-    out, _, variance = normalize(place, x, None, None)
-    np.testing.assert_array_equal(variance, 0)
+    out, _, inv_std = normalize(place, x, None, None)
+    np.testing.assert_allclose(inv_std, 1 / np.sqrt(EPS), rtol=1e-6)
     np.testing.assert_array_equal(out, 0)
 
 
@@ -76,8 +85,7 @@ def test_constant_channels_have_no_variance(place):
 def test_gradients_match_finite_differences(shape, place, rng):
     x, weight, bias = make(shape, rng)
     grad = rng.standard_normal(shape)
-    _, mean, variance = reference.batch_norm(x, weight, bias, EPS)
-    inv_std = 1 / np.sqrt(variance + EPS)
+    _, mean, inv_std = expected_results(x, weight, bias)
     gradients = normalize_grad(place, grad, x, weight, mean, inv_std)
     arguments = [x, weight, bias]
     for position, gradient in enumerate(gradients):
@@ -98,15 +106,14 @@ def test_any_strides(memory, place, rng):
     grad = rng.standard_normal(x.shape)
     vectors = [weight, bias]
     expected = normalize(place, x, *vectors)
-    inv_std = 1 / np.sqrt(expected[2] + EPS)
-    expected_gradients = normalize_grad(place, grad, x, weight, expected[1], inv_std)
+    expected_gradients = normalize_grad(place, grad, x, weight, *expected[1:])
     expected_scaled = place("scale_shift", x, *vectors, None, False)
     moved, moved_grad = laid_out(x, memory), laid_out(grad, memory)
     strided = [np.repeat(vector, 2)[::2] for vector in vectors]
     results = [
         (normalize(place, moved, *strided), expected),
         (
-            normalize_grad(place, moved_grad, moved, strided[0], expected[1], inv_std),
+            normalize_grad(place, moved_grad, moved, strided[0], *expected[1:]),
             expected_gradients,
         ),
         ((place("scale_shift", moved, *strided, None, False),), (expected_scaled,)),
@@ -125,9 +132,10 @@ def test_scale_shift(dtype, place, rng):
 
 def test_empty_batch(place):
     x, vector = np.zeros((0, 3, 2, 2)), np.ones(3)
-    out, mean, variance = normalize(place, x, vector, vector)
+    out, mean, inv_std = normalize(place, x, vector, vector)
     assert out.shape == x.shape
-    np.testing.assert_array_equal([mean, variance], 0)
+    np.testing.assert_array_equal(mean, 0)
+    np.testing.assert_allclose(inv_std, 1 / np.sqrt(EPS))
     by_x, by_weight, by_bias = normalize_grad(place, x, x, vector, mean, vector)
     assert by_x.shape == x.shape
     np.testing.assert_array_equal([by_weight, by_bias], 0)
@@ -138,8 +146,8 @@ def test_empty_batch(place):
 def test_special_values_stay_in_their_channel(value):
     x = np.arange(24.0).reshape(2, 3, 2, 2)
     x[1, 1, 0, 0] = value
-    out, _, variance = kernels.batch_norm_act(x, None, None, None, False, EPS)
-    assert np.isnan(variance[1])
+    out, _, inv_std, _ = kernels.batch_norm_act(x, None, None, None, False, EPS)
+    assert np.isnan(inv_std[1])
     assert np.isnan(out[:, 1]).any()
     assert np.isfinite(out[:, [0, 2]]).all()
 
@@ -151,13 +159,13 @@ def test_arrays_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"batch_norm_act: bias must .*; got bias\.shape=\(4,\)"):
         kernels.batch_norm_act(x, vector, long, None, False, EPS)
     with pytest.raises(
-        ValueError, match=r"batch_norm_act_grad: grad must .* got grad\.shape=\(2, 3\)"
+        ValueError, match=r"batch_norm_act_grad: grad must .* got grad\.shape=\(2, 3, 2\)"
     ):
-        kernels.batch_norm_act_grad(x[..., 0, 0], x, None, vector, vector, vector, False, False)
+        kernels.batch_norm_act_grad(x[..., 0], x, None, None, *[vector] * 3, False, False)
     with pytest.raises(
         ValueError, match=r"batch_norm_act_grad: mean must .*; got mean\.shape=\(4,\)"
     ):
-        kernels.batch_norm_act_grad(x, x, None, vector, long, vector, False, False)
+        kernels.batch_norm_act_grad(x, x, None, None, vector, long, vector, False, False)
     with pytest.raises(ValueError, match=r"scale_shift: shift must .*; got shift\.shape=\(4,\)"):
         kernels.scale_shift(x, vector, long)
     with pytest.raises(
@@ -182,9 +190,8 @@ def test_both_passes_match_pytorch(shape, affine, place, rng):
         tensors[0], None, None, *tensors[1:], training=True, eps=EPS
     )
     expected.backward(torch.tensor(grad))
-    out, mean, variance = normalize(place, x, weight, bias)
+    out, mean, inv_std = normalize(place, x, weight, bias)
     assert_close(out, expected.detach().numpy(), np.float64)
-    inv_std = 1 / np.sqrt(variance + EPS)
     gradients = normalize_grad(place, grad, x, weight, mean, inv_std)
     for gradient, tensor in zip(gradients, tensors, strict=True):
         if tensor is not None:
@@ -194,7 +201,7 @@ def test_both_passes_match_pytorch(shape, affine, place, rng):
 def fused_reference(x, weight, bias, residual, relu):
     out, mean, variance = reference.batch_norm(x, weight, bias, EPS)
     out = out if residual is None else out + residual
-    return np.maximum(out, 0) if relu else out, mean, variance
+    return np.maximum(out, 0) if relu else out, mean, 1 / np.sqrt(variance + EPS), variance
 
 
 # Channels around and beside the vector widths, more pixels than one block of a sum has, and few.
@@ -208,10 +215,9 @@ FUSED_SHAPES = [(2, 1, 3, 5), (2, 3, 40, 41), (3, 17, 9, 2), (1, 64, 12, 12), (2
 def test_residual_and_relu_join_the_pass(shape, dtype, added, relu, place, rng):
     x, weight, bias = make(shape, rng, dtype)
     residual = rng.standard_normal(shape).astype(dtype) if added else None
-    expected = fused_reference(x, weight, bias, residual, relu)
-    known = expected[1:]
-    for moments in (None, known):
-        results = place("batch_norm_act", x, weight, bias, residual, relu, EPS, moments)
+    *expected, variance = fused_reference(x, weight, bias, residual, relu)
+    for moments in (None, (expected[1], variance)):
+        results = place("batch_norm_act", x, weight, bias, residual, relu, EPS, moments)[:3]
         for result, wanted in zip(results, expected, strict=True):
             assert_close(result, wanted, dtype)
     scaled = x * weight[:, None, None].astype(np.float64) + bias[:, None, None]
@@ -229,35 +235,36 @@ def test_fused_gradients_are_those_of_batch_norm_behind_relu(
 ):
     x, weight, bias = make(shape, rng, dtype)
     grad, residual = rng.standard_normal((2, *shape)).astype(dtype)
-    out, mean, variance = fused_reference(x, weight, bias, residual, relu)
-    passed = np.where(out == 0, 0, grad)
-    inv_std = 1 / np.sqrt(variance + EPS)
+    out, mean, inv_std, _ = fused_reference(x, weight, bias, residual, relu)
+    behind_relu = np.where(out == 0, 0, grad)
     normal = (x - mean[:, None, None]) * inv_std[:, None, None]
     axes = (0, 2, 3)
-    along = (passed * normal).mean(axes, keepdims=True)
-    by_x = (passed - passed.mean(axes, keepdims=True) - normal * along) * (
+    along = (behind_relu * normal).mean(axes, keepdims=True)
+    by_x = (behind_relu - behind_relu.mean(axes, keepdims=True) - normal * along) * (
         weight * inv_std
     ).reshape(-1, 1, 1)
-    given = (array.astype(dtype) for array in (grad, x, out, weight, mean, inv_std))
-    gradients = place("batch_norm_act_grad", *given, relu, wants_residual)
-    wanted = (by_x, (passed * normal).sum(axes), passed.sum(axes))
+    results = place("batch_norm_act", x, weight, bias, residual, relu, EPS)
+    kept = (results[0], results[3], weight, *results[1:3])
+    gradients = place("batch_norm_act_grad", grad, x, *kept, relu, wants_residual)
+    wanted = (by_x, (behind_relu * normal).sum(axes), behind_relu.sum(axes))
     for gradient, expected in zip(gradients[:3], wanted, strict=True):
         assert_close(gradient, expected, dtype)
     if wants_residual:
-        np.testing.assert_array_equal(gradients[3], passed)
+        np.testing.assert_array_equal(gradients[3], behind_relu)
     else:
         assert gradients[3] is None
 
 
 def test_sums_of_many_pixels_keep_float32s_digits(rng):
     x = (rng.standard_normal((4, 2, 300, 300)) + 30).astype(np.float32)
-    _, mean, variance = kernels.batch_norm_act(x, None, None, None, False, EPS)
+    _, mean, inv_std, _ = kernels.batch_norm_act(x, None, None, None, False, EPS)
     exact = x.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean(axis=(0, 2, 3)), rtol=1e-7)
-    np.testing.assert_allclose(variance, exact.var(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(variance_of(inv_std), exact.var(axis=(0, 2, 3)), rtol=1e-6)
     ones = np.ones(2, np.float32)
     grad = np.full_like(x, 0.1)
-    _, _, total, _ = kernels.batch_norm_act_grad(grad, x, None, ones, mean, ones, False, False)
+    arguments = (grad, x, None, None, ones, mean, ones, False, False)
+    _, _, total, _ = kernels.batch_norm_act_grad(*arguments)
     np.testing.assert_allclose(total, np.float64(np.float32(0.1)) * 360000, rtol=1e-6)
 
 
@@ -281,4 +288,25 @@ def test_a_residual_that_does_not_fit_is_refused():
     with pytest.raises(TypeError, match=r"scale_shift: .*residual\.dtype=float32"):
         kernels.scale_shift(x, ones, ones, x.astype(np.float32))
     with pytest.raises(ValueError, match=r"batch_norm_act_grad: out must .* got out\.shape"):
-        kernels.batch_norm_act_grad(x, x, x[:1], ones, ones, ones, True, False)
+        kernels.batch_norm_act_grad(x, x, x[:1], None, ones, ones, ones, True, False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("known", [True, False])
+def test_running_statistics_move_in_place(known, dtype, place, rng):
+    x, weight, bias = make(SHAPES[0], rng, dtype)
+    mean, variance = reference.batch_norm(x, None, None, EPS)[1:]
+    moments = (mean, variance) if known else None
+    running = [place._give(np.full(5, value, dtype)) for value in (0.5, 2)]
+    place("batch_norm_act", x, weight, bias, None, False, EPS, moments, *running, 0.3)
+    assert_close(place._take(running[0]), 0.7 * 0.5 + 0.3 * mean, dtype)
+    assert_close(place._take(running[1]), 0.7 * 2 + 0.3 * variance * (84 / 83), dtype)
+
+
+def test_an_empty_batch_leaves_running_statistics_alone(place):
+    x, ones = np.zeros((0, 3, 2, 2)), np.ones(3)
+    for moments in (None, (np.zeros(3), np.zeros(3))):
+        running = [place._give(np.full(3, value)) for value in (0.5, 2.0)]
+        place("batch_norm_act", x, ones, ones, None, True, EPS, moments, *running, 0.3)
+        np.testing.assert_array_equal(place._take(running[0]), 0.5)
+        np.testing.assert_array_equal(place._take(running[1]), 2)
