@@ -1,26 +1,64 @@
-"""Softmax cross entropy in array operations."""
+"""Softmax cross entropy: one pass over each row of scores forward, one back."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.windows import sum_dtype
+from gradengine.kernels.cuda.launch import c_name, kernel
 from gradengine.kernels.layout import Array
+
+WARP = 32
+BLOCK = 256
+ROWS_OF_BLOCK = 4  # where a warp makes a row
+WARP_CLASSES = 256  # up to which a warp does
+
+_TARGETS = {
+    "int64": "long long",
+    "int32": "int",
+    "int16": "short",
+    "int8": "signed char",
+    "uint64": "unsigned long long",
+    "uint32": "unsigned int",
+    "uint16": "unsigned short",
+    "uint8": "unsigned char",
+}
+KERNELS = {
+    "loss.cu": tuple(
+        f"{name}<{dtype}, {target}, {threads}>"
+        for name in ("softmax_cross_entropy", "softmax_cross_entropy_grad")
+        for dtype in ("float16", "bfloat16", "float", "double")
+        for target in ("long long", "int", "unsigned char")
+        for threads in (WARP, BLOCK)
+    )
+}
 
 
 def softmax_cross_entropy(x: Array, target: Array) -> tuple[Array, Array]:
     xp = array_module(x)
-    peak = x.max(axis=1, keepdims=True)
-    total = xp.exp(x - peak).sum(axis=1, keepdims=True, dtype=sum_dtype(x.dtype))
-    log_sum = xp.log(total).astype(x.dtype)
-    picked = xp.take_along_axis(x, target[:, None], axis=1)
-    losses = log_sum - (picked - peak)
-    return losses[:, 0], xp.concatenate((peak, log_sum), axis=1)
+    losses = xp.empty(len(x), x.dtype)
+    shifts = xp.empty((len(x), 2), np.float64 if x.dtype == np.float64 else np.float32)
+    _run("softmax_cross_entropy", x, target, (_rows(x), _rows(target), losses, shifts))
+    return losses, shifts
 
 
 def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Array) -> Array:
-    xp = array_module(x)
-    out = xp.exp(x - shifts[:, :1] - shifts[:, 1:])
-    rows = xp.arange(len(x))
-    out[rows, target] -= 1
-    out *= grad[:, None]
+    out = array_module(x).empty(x.shape, x.dtype)
+    arrays = (*map(_rows, (grad, x, target, shifts)), out)
+    _run("softmax_cross_entropy_grad", x, target, arrays)
     return out
+
+
+def _run(name: str, x: Array, target: Array, arrays: tuple[Array, ...]) -> None:
+    rows, classes = x.shape
+    if not x.size:
+        return
+    whole_block = classes > WARP_CLASSES
+    threads, of_block = (BLOCK, 1) if whole_block else (WARP, ROWS_OF_BLOCK)
+    types = f"{c_name(x.dtype)}, {_TARGETS[target.dtype.name]}, {threads}"
+    run = kernel("loss.cu", f"{name}<{types}>")
+    run((-(-rows // of_block),), (threads * of_block,), (*arrays, rows, classes))
+
+
+def _rows(x: Array) -> Array:
+    return array_module(x).ascontiguousarray(x)
