@@ -1,9 +1,5 @@
 """The three ways to run a kernel: on the CPU, by CUDA emulated on the CPU, and on a GPU."""
 
-import math
-import sys
-from types import ModuleType
-
 import numpy as np
 import pytest
 
@@ -11,6 +7,7 @@ from gradengine import kernels
 from gradengine.devices import import_cupy
 
 ELEMENTWISE = ("erf", "relu", "relu_grad")  # these keep the layout they are given
+WITH_SUMS = ("softmax_cross_entropy",)  # of 16-bit arrays these also give float32
 
 
 class Place:
@@ -26,7 +23,8 @@ class Place:
         for result in results if several else (results,):
             if result is None:
                 continue
-            assert result.dtype == (np.int32 if result.dtype.kind == "i" else dtype)
+            sums = kernel in WITH_SUMS and dtype.itemsize == 2 and result.dtype == np.float32
+            assert sums or result.dtype == (np.int32 if result.dtype.kind == "i" else dtype)
             if result.ndim == 4 and kernel not in ELEMENTWISE:
                 assert result.transpose(0, 2, 3, 1).flags.c_contiguous
         return tuple(map(self._take, results)) if several else self._take(results)
@@ -51,14 +49,9 @@ class Place:
 
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cupy", marks=pytest.mark.gpu)])
-def place(request, monkeypatch):
+def place(request):
     if request.param == "emulated":
         request.getfixturevalue("emulated_cuda")
-        # CuPy's erf takes no NumPy array: the test hands in a stand-in of the same name
-        stand_in = ModuleType("cupyx.scipy.special")
-        stand_in.__dict__["erf"] = lambda x: np.vectorize(math.erf, otypes=[x.dtype])(x)
-        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-        monkeypatch.delitem(sys.modules, "gradengine.kernels.cuda.special", raising=False)
     return Place(request.param)
 
 
