@@ -1,0 +1,273 @@
+"""2-D convolution by ordinary multiply-adds: every case, exact in float32, on every device.
+
+Arrays are NCHW in shape and returned channels-last in memory, as everywhere in the kernels. Dtypes
+are float16, bfloat16, float32 or float64, sums are taken in float32, float64's in float64.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from gradengine.devices import array_module
+from gradengine.kernels.cuda.launch import address, c_name, device_limits, kernel
+from gradengine.kernels.geometry import CACHED_GEOMETRIES
+from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
+
+if TYPE_CHECKING:
+    from gradengine.kernels.geometry import Conv2dGeometry
+
+SOURCE = "conv2d_plain.cu"
+
+# The struct Convolution of the source.
+_CONVOLUTION = np.dtype(
+    [
+        *((name, np.int32) for name in ("batch", "height", "width", "in_channels")),
+        *((name, np.int32) for name in ("out_height", "out_width", "out_channels")),
+        *((name, np.int32) for name in ("kernel_height", "kernel_width")),
+        *((name, np.int32, 2) for name in ("stride", "padding", "dilation")),
+        ("groups", np.int32),
+    ]
+)
+
+DEPTH = 8  # PLAIN_DEPTH of plain_tile.cuh
+
+# Groups of at most so many channels, of input and output, leave most of a tile empty: each thread
+# makes one element of the result instead.
+NARROW_GROUP = 8
+
+# The sums over the slices of a deep product: their memory, and the least depth worth a slice.
+PARTIAL_BYTES = 16 << 20
+SLICE_SLABS = 16
+
+
+class Tile(NamedTuple):
+    """Sizes of a block's tile and of the part of it that one thread computes."""
+
+    rows: int
+    columns: int
+    thread_rows: int
+    thread_columns: int
+
+    @property
+    def threads(self) -> int:
+        return self.rows * self.columns // (self.thread_rows * self.thread_columns)
+
+    def covering(self, rows: int, columns: int) -> int:
+        """Return how many tiles cover a matrix."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Return the size of PlainTile::Shared, two slabs of both operands."""
+        padding = 16 // itemsize
+        return 2 * DEPTH * (self.rows + self.columns + 2 * padding) * itemsize
+
+
+SQUARE_TILE = Tile(128, 128, 8, 8)
+TALL_TILE = Tile(128, 64, 8, 8)
+SMALL_TILE = Tile(64, 64, 8, 8)
+DOUBLE_TILE = Tile(64, 64, 4, 4)
+
+
+def _instances() -> list[str]:
+    names = []
+    for element in ("float16", "bfloat16", "float", "double"):
+        vector = 2 if element == "double" else 4
+        tiles = (DOUBLE_TILE,) if element == "double" else (SQUARE_TILE, TALL_TILE, SMALL_TILE)
+        names += [
+            f"{name}<{element}, {width}, {', '.join(map(str, tile))}>"
+            for name in ("forward", "grad_input", "grad_weight")
+            for width in (1, vector)
+            for tile in tiles
+        ]
+        names += [f"direct_{name}<{element}>" for name in ("forward", "grad_input", "grad_weight")]
+    sums = [("float", out) for out in ("float16", "bfloat16", "float")] + [("double", "double")]
+    return names + [f"add_slices<{total}, {out}>" for total, out in sums]
+
+
+# All that may be compiled: source and names of kernels.
+KERNELS = {SOURCE: _instances()}
+
+
+def forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    geometry: Conv2dGeometry,
+    residual: Array | None = None,
+    relu: bool = False,
+) -> Array:
+    """Cross-correlate x (N, C, H, W) with weight (K, C / groups, R, S), as kernels.conv2d does."""
+    xp = array_module(x)
+    x, weight = to_nhwc(x), to_nhwc(weight)
+    bias = None if bias is None else xp.ascontiguousarray(bias)
+    residual = None if residual is None else to_nhwc(residual)
+    out = xp.empty(_nhwc(geometry.output_shape), x.dtype)
+    arguments = (x, weight, bias, residual, out, convolution(geometry), int(relu))
+    if not out.size:
+        return from_nhwc(out)
+    inputs, outputs = _group_channels(geometry)
+    if _is_narrow(geometry):
+        _launch_direct("forward", out, arguments)
+    else:
+        vector = vector_width(x.dtype, (x, weight), (inputs,))
+        pixels = out.size // geometry.out_channels
+        _launch_tiles("forward", x.dtype, vector, (pixels, outputs), geometry.groups, arguments)
+    return from_nhwc(out)
+
+
+def grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
+    """Give the gradient by x, (N, C, H, W), for grad (N, K, out_height, out_width)."""
+    grad, weight = to_nhwc(grad), to_nhwc(weight)
+    out = array_module(grad).empty(_nhwc(geometry.input_shape), grad.dtype)
+    arguments = (grad, weight, out, convolution(geometry))
+    if not out.size:
+        return from_nhwc(out)
+    inputs, outputs = _group_channels(geometry)
+    if _is_narrow(geometry):
+        _launch_direct("grad_input", out, arguments)
+    else:
+        vector = vector_width(grad.dtype, (grad, weight), (inputs, outputs))
+        vertical, horizontal = geometry.stride
+        rows, columns = -(-geometry.height // vertical), -(-geometry.width // horizontal)
+        products = geometry.groups * vertical * horizontal
+        shape = (geometry.batch * rows * columns, inputs)
+        _launch_tiles("grad_input", grad.dtype, vector, shape, products, arguments)
+    return from_nhwc(out)
+
+
+def grad_weight(
+    grad: Array, x: Array, geometry: Conv2dGeometry, out_dtype: Any | None = None
+) -> Array:
+    """Give the gradient by weight, (K, C / groups, R, S), for grad (N, K, out_height, out_width).
+
+    Its dtype is x's, or out_dtype: float32 is possible for float16 and bfloat16 as well. Output
+    pixels are shared among blocks in slices, whose sums are added in a fixed order.
+    """
+    xp = array_module(x)
+    grad, x = to_nhwc(grad), to_nhwc(x)
+    out = xp.empty(_nhwc(geometry.weight_shape), x.dtype if out_dtype is None else out_dtype)
+    pixels = geometry.batch * geometry.out_height * geometry.out_width
+    if not pixels:
+        out.fill(0)
+        return from_nhwc(out)
+    inputs, outputs = _group_channels(geometry)
+    columns = out.size // geometry.out_channels
+    narrow = _is_narrow(geometry)
+    vector = vector_width(x.dtype, (grad, x), (inputs, outputs))
+    tile = choose_tile(x.dtype, outputs, columns, geometry.groups)
+    if narrow:
+        blocks = -(-geometry.out_channels // 32) * columns
+    else:
+        blocks = tile.covering(outputs, columns) * geometry.groups
+    sums = sum_dtype(x.dtype)
+    slices, slice_pixels = slice_plan(pixels, DEPTH, SLICE_SLABS, blocks, out.size * sums.itemsize)
+    partials = xp.empty((slices, *out.shape), sums)
+    arguments = (grad, x, partials, convolution(geometry), slice_pixels)
+    if narrow:
+        run = kernel(SOURCE, f"direct_grad_weight<{c_name(x.dtype)}>")
+        run((blocks, slices), (256,), arguments, 256 * sums.itemsize)
+    else:
+        name = f"grad_weight<{c_name(x.dtype)}, {vector}, {', '.join(map(str, tile))}>"
+        grid, shared = (blocks * slices,), tile.shared_bytes(sums.itemsize)
+        kernel(SOURCE, name)(grid, (tile.threads,), arguments, shared)
+    add_slices(partials, out)
+    return from_nhwc(out)
+
+
+def add_slices(partials: Array, out: Array) -> None:
+    """Write the sum of partials (slices, ...) over its first axis to out (...), both contiguous."""
+    name = f"add_slices<{c_name(partials.dtype)}, {c_name(out.dtype)}>"
+    shared = 256 * partials.dtype.itemsize
+    run = kernel(SOURCE, name)
+    run((-(-out.size // 32),), (256,), (partials, out, out.size, len(partials)), shared)
+
+
+def slice_plan(
+    depth: int, slab: int, least_slabs: int, blocks: int, result_bytes: int
+) -> tuple[int, int]:
+    """Choose (slices, depth of a slice), so that slices of `blocks` blocks keep the device busy.
+
+    A slice's depth is a multiple of `slab`. There are about two blocks for each multiprocessor,
+    unless slices became shallower than `least_slabs` slabs or their results, of `result_bytes`
+    each, larger than PARTIAL_BYTES together.
+    """
+    slabs = -(-depth // slab)
+    wanted = 2 * device_limits().multiprocessors // blocks
+    slices = max(1, min(wanted, slabs // least_slabs, PARTIAL_BYTES // result_bytes))
+    slice_slabs = -(-slabs // slices)
+    return -(-slabs // slice_slabs), slice_slabs * slab
+
+
+def choose_tile(dtype: Any, rows: int, columns: int, products: int) -> Tile:
+    """Choose the tile for products of this shape: small ones where large leave processors idle."""
+    if dtype == np.float64:
+        return DOUBLE_TILE
+    tile = SQUARE_TILE if columns > TALL_TILE.columns else TALL_TILE
+    if rows <= SMALL_TILE.rows:
+        return SMALL_TILE
+    enough = tile.covering(rows, columns) * products >= device_limits().multiprocessors
+    return tile if enough else SMALL_TILE
+
+
+def vector_width(dtype: Any, arrays: tuple[Array, ...], lengths: tuple[int, ...]) -> int:
+    """Return how many elements one access may take, given what all of its offsets are sums of."""
+    width = 2 if dtype == np.float64 else 4
+    fits = all(length % width == 0 for length in lengths) and all(
+        address(array) % (width * array.dtype.itemsize) == 0 for array in arrays
+    )
+    return width if fits else 1
+
+
+def sum_dtype(dtype: Any) -> np.dtype:
+    """Return the dtype in which elements are added up."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def convolution(geometry: Conv2dGeometry) -> np.ndarray:
+    """Return a geometry as the struct Convolution."""
+    (top, _), (left, _) = geometry.padding
+    pairs = (geometry.stride, (top, left), geometry.dilation)
+    sizes = (
+        *(geometry.batch, geometry.height, geometry.width, geometry.in_channels),
+        *(geometry.out_height, geometry.out_width, geometry.out_channels),
+        *(geometry.kernel_height, geometry.kernel_width),
+    )
+    return np.array((*sizes, *pairs, geometry.groups), _CONVOLUTION)
+
+
+def _launch_tiles(
+    name: str,
+    dtype: Any,
+    vector: int,
+    shape: tuple[int, int],
+    products: int,
+    arguments: tuple[Any, ...],
+) -> None:
+    """Launch one block for each tile of `products` results of this shape."""
+    tile = choose_tile(dtype, *shape, products)
+    grid = (tile.covering(*shape) * products,)
+    instance = f"{name}<{c_name(dtype)}, {vector}, {', '.join(map(str, tile))}>"
+    shared = tile.shared_bytes(sum_dtype(dtype).itemsize)
+    kernel(SOURCE, instance)(grid, (tile.threads,), arguments, shared)
+
+
+def _launch_direct(name: str, out: Array, arguments: tuple[Any, ...]) -> None:
+    run = kernel(SOURCE, f"direct_{name}<{c_name(out.dtype)}>")
+    run((-(-out.size // 256),), (256,), arguments)
+
+
+def _is_narrow(geometry: Conv2dGeometry) -> bool:
+    return geometry.groups > 1 and max(_group_channels(geometry)) <= NARROW_GROUP
+
+
+def _group_channels(geometry: Conv2dGeometry) -> tuple[int, int]:
+    """Return a group's channels of input and output."""
+    return geometry.in_channels // geometry.groups, geometry.out_channels // geometry.groups
+
+
+def _nhwc(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[0], shape[2], shape[3], shape[1]
