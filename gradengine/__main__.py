@@ -14,15 +14,24 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help="say what gradengine finds on this machine and what is missing"
     )
-    commands.add_parser(
-        "compile", help="compile the CPU kernels now rather than when they are first used"
+    ahead = commands.add_parser(
+        "compile", help="compile the kernels now rather than when they are first used"
     )
-    if parser.parse_args(arguments).command == "doctor":
+    ahead.add_argument(
+        "--cuda",
+        metavar="ARCHITECTURE",
+        help="those for GPUs of an architecture, such as sm_90a, rather than the CPU's; needs no GPU",
+    )
+    given = parser.parse_args(arguments)
+    if given.command == "doctor":
         print(report())
-    else:
-        from gradengine.precompile import compile_kernels  # imports Numba
+        return 0
+    from gradengine import precompile  # imports Numba
 
-        compile_kernels()
+    if given.cuda:
+        precompile.compile_cuda_kernels(given.cuda)
+    else:
+        precompile.compile_cpu_kernels()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels ahead of their first use: ``python -m gradengine compile``."""
+"""Compiling kernels ahead of their first use: ``python -m gradengine compile``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradengine.kernels.cpu import code_cache
 _SIDES = (64, 224)  # pixels: kernels are chosen by shape
 
 
-def compile_kernels() -> None:
+def compile_cpu_kernels() -> None:
     """Compile what training and evaluating a ResNet and multiplying matrices need, in float32.
 
     Prints each function that is compiled and the seconds it took, then how many and the total.
@@ -36,7 +36,24 @@ def compile_kernels() -> None:
     finally:
         ge.set_default_device(device)
         code_cache.on_compiled = None
-    print(f"{len(names)} functions compiled, {time.perf_counter() - started:.1f} s; {_kept()}")
+    print(
+        f"{len(names)} functions compiled, {time.perf_counter() - started:.1f} s; {_kept('NUMBA')}"
+    )
+
+
+def compile_cuda_kernels(architecture: str) -> None:
+    """Compile all CUDA kernels for GPUs of an architecture, such as "sm_90a", with CuPy's compiler.
+
+    Prints each kernel and the seconds it took; one that was compiled before takes none.
+    """
+    from gradengine.kernels.cuda.compiler import compile_ahead
+
+    started = time.perf_counter()
+    names = []
+    for name, seconds in compile_ahead(architecture):
+        names.append(name)
+        print(f"{name:70}{seconds:6.1f} s", flush=True)
+    print(f"{len(names)} kernels, {time.perf_counter() - started:.1f} s; {_kept('CUPY')}")
 
 
 def _use_network(side: int) -> None:
@@ -70,8 +87,8 @@ def _multiply_matrices() -> None:
             (left @ right).sum().backward()
 
 
-def _kept() -> str:
+def _kept(compiler: str) -> str:
     try:
-        return f"all are kept in {private_cache_folder()}"
+        return f"all are kept in {private_cache_folder(compiler)}"
     except OSError as error:
         return f"none can be kept: {error}"

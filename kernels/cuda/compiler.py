@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +84,32 @@ def architecture_name(capability: int) -> str:
             f"on; got a device of {capability} (install an older CuPy)"
         )
     return f"sm_{capability}a" if capability in known and capability >= 90 else f"sm_{max(known)}"
+
+
+def shipped_kernels() -> dict[str, tuple[str, ...]]:
+    """Return the names of all kernels by source, as the modules beside the sources list them."""
+    kernels: dict[str, tuple[str, ...]] = {}
+    for path in sorted(FOLDER.glob("*.cu")):
+        module = import_module(f"gradengine.kernels.cuda.{path.stem}")
+        kernels |= module.KERNELS
+    return kernels
+
+
+def compile_ahead(architecture: str) -> Iterator[tuple[str, float]]:
+    """Compile all shipped kernels of an architecture that disk lacks; give name and seconds of each.
+
+    Needs no GPU, so that an image for machines with one can be made on a machine without. As many
+    are compiled at a time as there are cores.
+    """
+
+    def one(kernel: tuple[str, str]) -> tuple[str, float]:
+        started = time.perf_counter()
+        machine_code(*kernel, architecture)
+        return f"{kernel[0]}: {kernel[1]}", time.perf_counter() - started
+
+    kernels = [(source, name) for source, names in shipped_kernels().items() for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(one, kernels)
 
 
 @cache
