@@ -31,8 +31,8 @@ def relu_grad(grad: Array, out: Array) -> Array:
         by_x = np.empty_like(grad)
         _relu_grad(get_num_threads(), *flat, by_x.ravel("K"))
         return by_x
-    if grad.dtype == np.float16:  # which Numba does not compile for CPUs
-        return np.where(out == 0, np.float16(0), grad)
+    if grad.dtype.itemsize == 2:  # 16-bit floats, which Numba does not compile for CPUs
+        return np.where(out == 0, np.zeros((), grad.dtype), grad)
     return _pass_where_nonzero(grad, out)
 
 

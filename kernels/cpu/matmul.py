@@ -39,7 +39,7 @@ def matmul(x: Array, y: Array) -> Array:
     batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     size = rows * depth * columns
     if x.dtype not in ("float32", "float64") or 0 in batch or size <= SMALL_MATRIX:
-        return np.matmul(x, y)
+        return np.matmul(x, y).astype(x.dtype, copy=False)  # of bfloat16 it is float32
     if depth == 1:
         return x * y
     if (rows == 1 or columns == 1) and not batch:

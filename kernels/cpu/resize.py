@@ -12,7 +12,7 @@ from gradengine.kernels.layout import Array
 
 
 def weigh(x: Array, positions: Array, weights: Array, axis: int) -> Array:
-    if x.dtype == np.float16:
+    if x.dtype == np.float16 or x.dtype.kind == "V":  # bfloat16
         return weigh(x.astype(np.float32), positions, weights, axis).astype(x.dtype)
     if x.dtype.kind != "f":  # one whole pixel each
         return np.take(x, positions[:, 0], axis=axis)
