@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from types import ModuleType
     from typing import Final
 
 ENVIRONMENT_VARIABLE = "GRADENGINE_DEVICE"
+_ANYWHERE = nullcontext()
 _INSTALL = "pip install 'gradengine[cuda12]'"
 
 
@@ -286,6 +289,11 @@ def device_of(array: Any) -> Device:
     if array_module(array) is np:
         return CPU
     return _cuda(array.device.id)
+
+
+def on_device_of(array: Any) -> AbstractContextManager[Any]:
+    """Return a context in which CuPy works on the device of ``array``; for NumPy's it does nothing."""
+    return _ANYWHERE if array_module(array) is np else array.device
 
 
 def to_device(array: Any, device: str | int | Device | None) -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import ModuleType
 
     from gradengine.kernels.geometry import Conv2dGeometry, Pool2dGeometry
@@ -268,31 +268,19 @@ def sgd(
     grads: Sequence[Array],
     velocities: Sequence[Array],
     fresh: Sequence[bool],
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
+    options: Mapping[str, Any],
 ) -> None:
     """Step all values, in place, along their velocities, which move by their gradients before.
 
-    Arrays of one place in the four sequences have one shape, all of them one device and dtype.
-    g = +-grad + weight_decay * value; velocity = g where fresh, else momentum * velocity +
-    (1 - dampening) * g; value -= lr * (g + momentum * velocity if nesterov else velocity). Without
-    momentum velocities and fresh are not read, and may be empty.
+    Arrays of one place in the sequences have one shape, all of them one device and dtype. options
+    hold lr, momentum, dampening, weight_decay, nesterov and maximize; where the step is captured,
+    they are looked up before each replay. g = +-grad + weight_decay * value; velocity = g where
+    fresh, else momentum * velocity + (1 - dampening) * g; value -= lr * (g + momentum * velocity if
+    nesterov else velocity). Without momentum velocities and fresh are not read, and may be empty.
     """
     _check_rows("sgd", values, grads=grads, velocities=velocities)
-    _import_family(place(values[0]), "optimizer").sgd(
-        *(values, grads, velocities, fresh),
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-    )
+    module = _import_family(place(values[0]), "optimizer")
+    module.sgd(values, grads, velocities, fresh, options)
 
 
 def adam(
@@ -300,31 +288,22 @@ def adam(
     grads: Sequence[Array],
     averages: Sequence[Array],
     squares: Sequence[Array],
-    steps: Sequence[int],
+    states: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
     *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
     decoupled: bool,
-    maximize: bool,
 ) -> None:
     """Step all values, in place, along their averages, over the roots of their squares.
 
-    Arrays of one place in the sequences have one shape, all of them one device and dtype; steps
-    count from 1. Both averages keep a share beta and take 1 - beta of g = +-grad + weight_decay *
-    value or of its square; decoupled, weight_decay shrinks the value by lr * weight_decay instead.
+    Arrays of one place in the sequences have one shape, all of them one device and dtype; each of
+    the states holds under "step" which step it is for its place, counted from 1. options hold lr,
+    betas, eps, weight_decay and maximize; where the step is captured, both are looked up before
+    each replay. g = +-grad + weight_decay * value; each average keeps its share beta and takes the
+    rest of g or of its square; decoupled, weight_decay shrinks the value by lr * weight_decay.
     """
     _check_rows("adam", values, grads=grads, averages=averages, squares=squares)
-    _import_family(place(values[0]), "optimizer").adam(
-        *(values, grads, averages, squares, steps),
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        maximize=maximize,
-    )
+    module = _import_family(place(values[0]), "optimizer")
+    module.adam(values, grads, averages, squares, states, options, decoupled=decoupled)
 
 
 def matmul(x: Array, y: Array) -> Array:

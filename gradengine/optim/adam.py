@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gradengine import kernels
 from gradengine.devices import array_module
+from gradengine.kernels.cuda.capture import postpone, repeated
 from gradengine.optim.optimizer import Optimizer
 from gradengine.tensor import Tensor
 
@@ -52,16 +53,20 @@ class Adam(Optimizer):
         values, grads, states = zip(*updates, strict=True)
         for array, state in zip(values, states, strict=True):
             if not state:
+                postpone()  # replays would start anew each time
                 state["step"] = 0
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = Tensor(array_module(array).zeros_like(array))
-            state["step"] += 1
+        repeated(lambda: _count(states))
         averages, squares = (
             [state[name].array for state in states] for name in ("exp_avg", "exp_avg_sq")
         )
-        steps = [state["step"] for state in states]
-        numbers = {name: options[name] for name in self.defaults}
-        kernels.adam(values, grads, averages, squares, steps, decoupled=self.decoupled, **numbers)
+        kernels.adam(values, grads, averages, squares, states, options, decoupled=self.decoupled)
+
+
+def _count(states: Sequence[dict[str, Any]]) -> None:
+    for state in states:
+        state["step"] += 1
 
 
 class AdamW(Adam):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
-from gradengine.devices import device_of
+from gradengine.devices import device_of, on_device_of
 from gradengine.factories import empty_like
 from gradengine.grad_mode import enable_grad
+from gradengine.kernels.cuda.capture import current, repeated, valid_while
 from gradengine.tensor import Tensor
 
 
@@ -47,6 +49,8 @@ class Optimizer:
         All values are on one device and of one dtype. `state` holds what is kept for a parameter
         between steps: tensors of its shape, and "step", a number.
         """
+        numbers = _numbers(options)
+        valid_while(lambda: _numbers(options) == numbers)  # they are part of what is launched
         for values, grad, state in updates:
             self.update(values, grad, state, options)
 
@@ -110,11 +114,34 @@ class Optimizer:
                 update = array, parameter.grad.array, self.state[parameter]
                 updates[device_of(array), array.dtype].append(update)
             for alike in updates.values():
-                self.update_all(alike, group)
+                with on_device_of(alike[0][0]):
+                    self.update_all(alike, group)
             for parameter in updated:
                 parameter.written()
-        self.step_count += 1
+        self._rely_on_what_is_updated()
+        repeated(self._count)
         return loss
+
+    def _count(self) -> None:
+        self.step_count += 1
+
+    def _rely_on_what_is_updated(self) -> None:
+        """Let a captured step hold only while parameters, groups and states are the same objects."""
+        if current() is None:
+            return
+        state, parameters = self.state, self._parameters()
+        arrays = [parameter.array for parameter in parameters]
+
+        def is_same() -> bool:
+            now = self._parameters()
+            return (
+                self.state is state
+                and len(now) == len(parameters)
+                and all(map(is_, now, parameters))
+                and all(p.array is array for p, array in zip(now, arrays, strict=True))
+            )
+
+        valid_while(is_same)
 
     def state_dict(self) -> dict[str, Any]:
         """Return {"state": {index: ...}, "param_groups": [...]}, as PyTorch does.
@@ -165,6 +192,10 @@ class Optimizer:
             lines.append(f"Parameter Group {number}")
             lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
         return "\n".join([*lines, ")"])
+
+
+def _numbers(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "params"}
 
 
 def _copied(number: int, kept: dict[str, Any], parameter: Tensor) -> dict[str, Any]:

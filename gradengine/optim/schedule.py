@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from gradengine.kernels.cuda.capture import repeated
 from gradengine.optim.optimizer import Optimizer
 
 
@@ -37,7 +38,10 @@ class Schedule:
         raise NotImplementedError
 
     def step(self) -> None:
-        """Go to the next epoch. Warns if the optimizer made no step before the first call."""
+        """Go to the next epoch. Warns if the optimizer made no step before the first call.
+
+        Within a captured step, each replay goes on as well.
+        """
         if self.last_epoch == 0 and self.optimizer.step_count == 0:
             warnings.warn(
                 "Detected call of `lr_scheduler.step()` before `optimizer.step()`: the first rate "
@@ -45,6 +49,9 @@ class Schedule:
                 UserWarning,
                 stacklevel=2,
             )
+        repeated(self._go_on)
+
+    def _go_on(self) -> None:
         self.last_epoch += 1
         self._set_rates()
 

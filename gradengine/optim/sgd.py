@@ -7,6 +7,7 @@ from typing import Any
 
 from gradengine import kernels
 from gradengine.devices import array_module
+from gradengine.kernels.cuda.capture import postpone, valid_while
 from gradengine.optim.optimizer import Optimizer
 from gradengine.tensor import Tensor
 
@@ -59,12 +60,15 @@ class SGD(Optimizer):
         self, updates: list[tuple[Any, Any, dict[str, Any]]], options: dict[str, Any]
     ) -> None:
         values, grads, states = zip(*updates, strict=True)
+        moves = bool(options["momentum"])
+        valid_while(lambda: bool(options["momentum"]) == moves)
         fresh, velocities = [], []
-        if options["momentum"]:
+        if moves:
             fresh = ["momentum_buffer" not in state for state in states]
+            if any(fresh):
+                postpone()  # replays would start anew each time
             for array, state, starts in zip(values, states, fresh, strict=True):
                 if starts:
                     state["momentum_buffer"] = Tensor(array_module(array).empty_like(array))
             velocities = [state["momentum_buffer"].array for state in states]
-        numbers = {name: options[name] for name in self.defaults}
-        kernels.sgd(values, grads, velocities, fresh, **numbers)
+        kernels.sgd(values, grads, velocities, fresh, options)

@@ -5,7 +5,7 @@ Each element is computed as NumPy would, operation by operation: results are equ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_size_t
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
+from gradengine.kernels.rows import Rows
 
 # Elements of one piece of work: few, so that all cores end together.
 PIECE = 1 << 14
@@ -32,19 +33,15 @@ def sgd(
     grads: Sequence[Array],
     velocities: Sequence[Array],
     fresh: Sequence[bool],
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
+    options: Mapping[str, Any],
 ) -> None:
-    with _Table(values, grads, velocities or values) as table:
-        numbers = (lr, momentum, 1 - dampening, weight_decay, -1 if maximize else 1)
-        given = (table.scalar(number) for number in numbers)
-        starts = np.array(fresh or [False], np.bool_)
-        _sgd(get_num_threads(), *table.arguments, starts, *given, nesterov)
+    dtype = _computed_in(values[0].dtype)
+    numbers = [options[name] for name in ("lr", "momentum", "dampening", "weight_decay")]
+    numbers[2] = 1 - numbers[2]
+    given = map(dtype.type, (*numbers, -1 if options["maximize"] else 1))
+    starts = np.array(fresh or [False], np.bool_)
+    with Rows(dtype, values, grads, velocities or values) as rows:
+        _sgd(get_num_threads(), *_table(rows), starts, *given, bool(options["nesterov"]))
 
 
 def adam(
@@ -52,90 +49,34 @@ def adam(
     grads: Sequence[Array],
     averages: Sequence[Array],
     squares: Sequence[Array],
-    steps: Sequence[int],
+    states: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
     *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
     decoupled: bool,
-    maximize: bool,
 ) -> None:
-    with _Table(values, grads, averages, squares) as table:
-        # both averages start at 0, too low by these factors
-        factors = np.array([[1 - beta**step for beta in betas] for step in steps])
-        factors[:, 0] = lr / factors[:, 0]
-        factors[:, 1] **= 0.5
-        shrink, decay = (1 - lr * weight_decay, 0) if decoupled else (1, weight_decay)
-        rest = (1 - betas[0], 1 - betas[1], eps, shrink, decay, -1 if maximize else 1)
-        given = (table.scalar(number) for number in (*betas, *rest))
-        _adam(get_num_threads(), *table.arguments, factors.astype(table.dtype), *given)
+    dtype = _computed_in(values[0].dtype)
+    lr, betas, weight_decay = options["lr"], options["betas"], options["weight_decay"]
+    # both averages start at 0, too low by these factors
+    factors = np.array([[1 - beta ** state["step"] for beta in betas] for state in states])
+    factors[:, 0] = lr / factors[:, 0]
+    factors[:, 1] **= 0.5
+    shrink, decay = (1 - lr * weight_decay, 0) if decoupled else (1, weight_decay)
+    sign = -1 if options["maximize"] else 1
+    rest = (1 - betas[0], 1 - betas[1], options["eps"], shrink, decay, sign)
+    given = map(dtype.type, (*betas, *rest))
+    with Rows(dtype, values, grads, averages, squares) as rows:
+        _adam(get_num_threads(), *_table(rows), factors.astype(dtype), *given)
 
 
-class _Table:
-    """The addresses of arrays whose elements belong together: one row for values, grads and so on.
-
-    Arrays that a compiled function cannot walk along with the values take part as copies, and on
-    leaving those that may be written, all rows but the second, are copied back.
-    """
-
-    def __init__(self, values: Sequence[Array], *others: Sequence[Array]) -> None:
-        self.dtype = np.result_type(values[0].dtype, np.float32)  # float16 is computed in float32
-        self._given = (values, *others)
-        dense = [_dense(array, self.dtype) for array in values]
-        rows = [list(map(_alike, row, dense)) for row in others]
-        self._rows = [dense, *rows]
-
-    def __enter__(self) -> _Table:
-        pieces = _pieces(tuple([array.size for array in self._rows[0]]))
-        addresses = np.array([[_address(array) for array in row] for row in self._rows])
-        self.arguments = (pieces, addresses, np.empty(0, self.dtype))
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        for place, (row, given) in enumerate(zip(self._rows, self._given, strict=True)):
-            for array, target in zip(row, given, strict=True):
-                if array is not target and place != 1:
-                    target[...] = array
-
-    def scalar(self, number: float) -> Any:
-        """Give a number as the kernels compute with it."""
-        return self.dtype.type(number)
+def _computed_in(dtype: np.dtype) -> np.dtype:
+    return np.result_type(dtype, np.float32)  # float16 is computed in float32
 
 
-def _dense(array: Array, dtype: np.dtype) -> Array:
-    """Give the array itself if its elements fill a piece of memory, else a copy."""
-    fills = array.flags.c_contiguous or _fills(array.shape, array.strides, array.itemsize)
-    if fills and array.dtype == dtype and array.flags.writeable:
-        return array
-    return np.array(array, dtype, order="C")
-
-
-def _alike(array: Array, like: Array) -> Array:
-    """Give the array itself if its memory is laid out as that of `like`, else a copy that is."""
-    same = array.strides == like.strides or _same_order(array.shape, array.strides, like.strides)
-    # NumPy's scalars, which are no ndarray, have a dtype and strides too.
-    if same and array.dtype == like.dtype and isinstance(array, np.ndarray):
-        return array
-    copied = np.empty_like(like)
-    copied[...] = array
-    return copied
-
-
-@lru_cache(1024)
-def _fills(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    expected = itemsize
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-@lru_cache(1024)
-def _same_order(shape: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a == b for size, a, b in zip(shape, one, other, strict=True) if size != 1)
+def _table(rows: list[list[Array]]) -> tuple[Array, Array, Array]:
+    """Give pieces of work, the rows' addresses, and an empty array that tells the dtype."""
+    pieces = _pieces(tuple([array.size for array in rows[0]]))
+    addresses = np.array([[_address(array) for array in row] for row in rows])
+    return pieces, addresses, np.empty(0, rows[0][0].dtype)
 
 
 def _address(array: Array) -> int:

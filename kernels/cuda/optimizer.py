@@ -1,11 +1,32 @@
-"""Optimizers, one parameter at a time."""
+"""Optimizers: one launch updates up to 64 arrays, however many elements each of them has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from gradengine.devices import array_module
+import numpy as np
+
+from gradengine.kernels.cuda.capture import by_value_or_live
+from gradengine.kernels.cuda.launch import address, c_name, kernel
 from gradengine.kernels.layout import Array
+from gradengine.kernels.rows import Rows
+
+# As in optimizer.cu
+TENSORS = 64
+THREADS = 256
+CHUNK = 4096
+
+_SGD_NUMBERS = np.dtype(
+    [(n, "f8") for n in ("lr", "momentum", "share", "weight_decay", "sign", "nesterov")]
+)
+_ADAM_NUMBERS = np.dtype(
+    [
+        *((n, "f8") for n in ("keep", "keep_square", "add", "add_square")),
+        *((n, "f8") for n in ("eps", "shrink", "weight_decay", "sign")),
+        *((n, "f8", TENSORS) for n in ("rate", "root_factor")),
+    ]
+)
 
 
 def sgd(
@@ -13,25 +34,21 @@ def sgd(
     grads: Sequence[Array],
     velocities: Sequence[Array],
     fresh: Sequence[bool],
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
+    options: Mapping[str, Any],
 ) -> None:
-    for place, (value, grad) in enumerate(zip(values, grads, strict=True)):
-        step = _with_decay(value, grad, weight_decay, maximize)
-        if momentum:
-            velocity = velocities[place]
-            if fresh[place]:
-                velocity[...] = step
-            else:
-                velocity *= momentum
-                velocity += (1 - dampening) * step if dampening else step
-            step = step + momentum * velocity if nesterov else velocity
-        value -= lr * step
+    def read() -> np.ndarray:
+        sign = -1 if options["maximize"] else 1
+        share = 1 - options["dampening"]
+        rest = (share, options["weight_decay"], sign, options["nesterov"])
+        return np.array((options["lr"], options["momentum"], *rest), _SGD_NUMBERS)
+
+    numbers = by_value_or_live(_SGD_NUMBERS, read)
+
+    def arguments(part: slice) -> tuple[Any, ...]:
+        bits = sum(1 << place for place, starts in enumerate(fresh[part]) if starts)
+        return (np.uint64(bits), *numbers)
+
+    _launch("sgd", arguments, values, grads, velocities or values)
 
 
 def adam(
@@ -39,32 +56,63 @@ def adam(
     grads: Sequence[Array],
     averages: Sequence[Array],
     squares: Sequence[Array],
-    steps: Sequence[int],
+    states: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
     *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
     decoupled: bool,
-    maximize: bool,
 ) -> None:
-    for value, grad, average, square, step in zip(
-        values, grads, averages, squares, steps, strict=True
-    ):
-        if decoupled:
-            value *= 1 - lr * weight_decay
-        grad = _with_decay(value, grad, 0 if decoupled else weight_decay, maximize)
-        for mean, term, beta in zip((average, square), (grad, grad * grad), betas, strict=True):
-            mean *= beta
-            mean += (1 - beta) * term
+    def read(part: slice) -> np.ndarray:
+        lr, (keep, keep_square) = options["lr"], options["betas"]
+        decay = options["weight_decay"]
+        numbers = np.zeros((), _ADAM_NUMBERS)
+        numbers["keep"], numbers["keep_square"] = keep, keep_square
+        numbers["add"], numbers["add_square"] = 1 - keep, 1 - keep_square
+        numbers["eps"] = options["eps"]
+        numbers["shrink"] = 1 - lr * decay if decoupled else 1
+        numbers["weight_decay"] = 0 if decoupled else decay
+        numbers["sign"] = -1 if options["maximize"] else 1
         # both averages start at 0, too low by these factors
-        first, second = (1 - beta**step for beta in betas)
-        root = array_module(value).sqrt(square)
-        root /= second**0.5
-        root += eps
-        value -= (lr / first) * (average / root)
+        for place, state in enumerate(states[part]):
+            numbers["rate"][place] = lr / (1 - keep ** state["step"])
+            numbers["root_factor"][place] = (1 - keep_square ** state["step"]) ** 0.5
+        return numbers
+
+    def arguments(part: slice) -> tuple[Any, ...]:
+        return by_value_or_live(_ADAM_NUMBERS, lambda: read(part))
+
+    _launch("adam", arguments, values, grads, averages, squares)
 
 
-def _with_decay(value: Array, grad: Array, weight_decay: float, maximize: bool) -> Array:
-    grad = -grad if maximize else grad
-    return grad + weight_decay * value if weight_decay else grad
+def _launch(
+    name: str, arguments: Callable[[slice], tuple[Any, ...]], *rows: Sequence[Array]
+) -> None:
+    """Launch the kernel of this name on tables of the rows' arrays, with the arguments for each part."""
+    dtype = rows[0][0].dtype
+    with Rows(dtype, *rows) as alike:
+        for table, chunks, part in _tables(alike):
+            update = kernel("optimizer.cu", f"{name}<{c_name(dtype)}>")
+            update((chunks,), (THREADS,), (table, *arguments(part)))
+
+
+def _tables(rows: list[list[Array]]) -> Iterator[tuple[np.ndarray, int, slice]]:
+    """Yield `Table` of optimizer.cu for up to 64 places, how many chunks they have, and which they are."""
+    dtype = np.dtype(
+        [
+            ("rows", np.uint64, (len(rows), TENSORS)),
+            ("sizes", np.int64, TENSORS),
+            ("first_chunk", np.int32, TENSORS),
+        ]
+    )
+    for start in range(0, len(rows[0]), TENSORS):
+        part = slice(start, start + TENSORS)
+        sizes = np.array([array.size for array in rows[0][part]], np.int64)
+        ends = np.cumsum(-(-sizes // CHUNK))
+        if not ends[-1]:
+            continue
+        table = np.zeros((), dtype)
+        table["rows"][:, : sizes.size] = [[address(array) for array in row[part]] for row in rows]
+        table["sizes"][: sizes.size] = sizes
+        table["first_chunk"] = ends[-1]
+        table["first_chunk"][0] = 0
+        table["first_chunk"][1 : sizes.size] = ends[:-1]
+        yield table, int(ends[-1]), part
