@@ -31,7 +31,8 @@ SHIPPED = Path(__file__).parents[2] / "kernels" / "cuda"
 
 RUNTIME_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 KERNEL_OPTIONS = (
-    *("-std=c++17", "-O2", "-g1", "-march=native", "-fPIC", "-w"),
+    # -O3 unrolls loops of known length: the checks of array indices are then done by the compiler
+    *("-std=c++17", "-O3", "-g1", "-gdwarf-4", "-march=native", "-fPIC", "-w"),
     *("-fvisibility=hidden", "-fno-gnu-unique"),  # a kernel's __shared__ variables are its own
     "-fsanitize=alignment,bounds,shift-exponent,signed-integer-overflow,integer-divide-by-zero",
     "-fno-sanitize-recover",
@@ -70,16 +71,26 @@ class Parameter(ctypes.Structure):
 
 
 class Schedule(NamedTuple):
-    """In which order threads and blocks run, and when asynchronous work is done.
+    """In which order threads and blocks run, and when asynchronous copies land.
 
-    Lazy work is done when it is waited for, eager work when it is issued. Hardware may do it at any
-    time between: a kernel must give the same result with every schedule.
+    Lazy copies land when they are waited for, eager ones when they are issued. Hardware may do it at
+    any time between, and run threads in any order: a kernel must give the same with every schedule.
     """
 
     order: str = "forward"
     lazy_copies: bool = True
-    lazy_products: bool = True
     seed: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.order}-{'lazy' if self.lazy_copies else 'eager'}"
+
+
+SCHEDULES = (
+    Schedule("forward", lazy_copies=True),
+    Schedule("reverse", lazy_copies=False),
+    Schedule("random", lazy_copies=True),
+    Schedule("random", lazy_copies=False, seed=2),
+)
 
 
 class Emulator:
@@ -176,7 +187,6 @@ class EmulatedKernel:
             ORDERS.index(schedule.order),
             schedule.seed,
             schedule.lazy_copies,
-            schedule.lazy_products,
         )
         pointers = (ctypes.c_void_p * (len(values) + 1))(*map(ctypes.addressof, values))
         if self.library.emulator_run(_three(grid), _three(block), shared_bytes, pointers):
@@ -298,7 +308,7 @@ def _build_runtime() -> Path:
     path = _library_path("runtime", text, *RUNTIME_OPTIONS)
     if not path.exists():
         with _temporary_library(path) as temporary:
-            _call_compiler(*RUNTIME_OPTIONS, str(source), "-o", temporary)
+            _call_compiler(source.name, *RUNTIME_OPTIONS, str(source), "-o", temporary)
     return path
 
 
@@ -320,11 +330,13 @@ def _build_kernel(source: Path, name: str, architecture: int) -> ctypes.CDLL:
     if not path.exists():
         with _temporary_library(path) as temporary:
             Path(f"{temporary}.cpp").write_text(text)
-            _call_compiler(*options, "-c", f"{temporary}.cpp", "-o", f"{temporary}.o")
+            _call_compiler(
+                f"{source.name}: {name}", *options, "-c", f"{temporary}.cpp", "-o", f"{temporary}.o"
+            )
             # Linked by itself: with -fsanitize g++ would bring its own handlers. -nostartfiles: these
             # have zero-initialized variables too.
             link = ("-shared", "-nostartfiles", f"{temporary}.o", str(runtime))
-            _call_compiler(*link, "-o", temporary)
+            _call_compiler(f"{source.name}: {name}", *link, "-o", temporary)
     _runtime()
     library = ctypes.CDLL(str(path))
     library.emulator_parameters.restype = ctypes.POINTER(Parameter)
@@ -372,10 +384,12 @@ def _temporary_library(path: Path) -> Iterator[str]:
         os.replace(temporary, path)
 
 
-def _call_compiler(*arguments: str) -> None:
+def _call_compiler(what: str, *arguments: str) -> None:
     done = subprocess.run(("g++", *arguments), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EmulatorError(f"g++ refuses {' '.join(arguments)}:\n{done.stderr[:4000]}")
+        errors = [line for line in done.stderr.splitlines() if "error:" in line]
+        text = "\n".join(errors[:8]) or done.stderr
+        raise EmulatorError(f"g++ refuses {what}:\n{text}")
 
 
 @cache

@@ -13,21 +13,24 @@ from numpy.lib.array_utils import byte_bounds
 POISON = 0xFF  # read as float16, float32 or float64 it is NaN
 ALIGNMENT = 16  # of the widest access
 _PAGE = mmap.PAGESIZE
+_GUARD = 1 << 20  # bytes on either side that nobody may touch; they cost addresses, no memory
+_KEPT = 1 << 20  # bytes up to which pages are kept for the next launch
 _PROTECT_NONE = 0
 _libc = ctypes.CDLL(None, use_errno=True)
 _spare: dict[int, list[_Pages]] = {}
 
 
 class _Pages:
-    """Some pages between two that nobody may touch; filled with POISON."""
+    """Some pages between others that nobody may touch."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.memory = mmap.mmap(-1, (count + 2) * _PAGE)
-        self.begin = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + _PAGE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.memory = mmap.mmap(-1, count * _PAGE + 2 * _GUARD, flags)
+        self.begin = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + _GUARD
         self.end = self.begin + count * _PAGE
-        for page in (self.begin - _PAGE, self.end):
-            if _libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(_PAGE), _PROTECT_NONE):
+        for guard in (self.begin - _GUARD, self.end):
+            if _libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(_GUARD), _PROTECT_NONE):
                 raise OSError(ctypes.get_errno(), "mprotect")
 
 
@@ -75,8 +78,9 @@ class GuardedCopies:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for region in self.filled:
-            _spare[region.pages.count].append(region.pages)
+        for pages in (region.pages for region in self.filled):
+            if pages.count * _PAGE <= _KEPT:
+                _spare[pages.count].append(pages)
 
     def add(self, array: np.ndarray, writable: bool) -> None:
         begin, end = byte_bounds(array) if array.size else (array.ctypes.data,) * 2

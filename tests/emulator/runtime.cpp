@@ -6,7 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <deque>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,8 +35,7 @@ enum Order { FORWARD, REVERSE, RANDOM };
 struct Settings {
     int order = FORWARD;
     uint32_t seed = 1;
-    bool lazy_copies = true;    // asynchronous copies land when waited for, not when issued
-    bool lazy_products = true;  // the same for warpgroup products
+    bool lazy_copies = true;  // asynchronous copies land when waited for, not when issued
 } settings;
 
 struct Statistics {
@@ -54,8 +53,8 @@ struct Fiber : Thread {
     void* context;  // where it goes on: a stack pointer, or a ucontext_t
     bool done;
     Site waits_at;
-    std::deque<std::vector<Copy>> groups;  // committed, oldest first
-    std::vector<Copy> open_group;
+    std::vector<Copy> copies;  // issued and not landed, oldest first
+    std::vector<int> groups;   // committed: how many of the copies each one closes
 };
 
 // The lanes of a warp that wait for each other at one instruction.
@@ -72,7 +71,17 @@ int thread_count;
 std::vector<Fiber*> at_barrier;
 Site barrier_site;
 
-std::deque<Fiber*> ready;
+// Who can run, in order: a ring, since nobody is in it twice.
+struct Ready {
+    static constexpr unsigned SIZE = MAX_THREADS;
+    Fiber* ring[SIZE];
+    unsigned first, end;
+
+    bool empty() const { return first == end; }
+    void clear() { first = end = 0; }
+    void push(Fiber* fiber) { ring[end++ % SIZE] = fiber; }
+    Fiber* pop() { return ring[first++ % SIZE]; }
+} ready;
 void* scheduler_context;
 unsigned char* stacks;
 unsigned char* shared_arena;
@@ -162,7 +171,9 @@ std::string name(Site site) {
     return std::string(base_name(site.file)) + " line " + std::to_string(site.line);
 }
 
-bool same(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) {
+    return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
+}
 
 std::string where() {
     char text[128];
@@ -206,8 +217,7 @@ void give_way() {
             report_deadlock();
         leave_launch();
     }
-    Fiber* to = ready.front();
-    ready.pop_front();
+    Fiber* to = ready.pop();
     current = to;
     ++statistics.switches;
     if (to != from) switch_context(&from->context, to->context);
@@ -227,7 +237,7 @@ void arrange(T* items, int count) {
 
 void release(Fiber** waiting, int count) {  // in order of rank
     arrange(waiting, count);
-    ready.insert(ready.end(), waiting, waiting + count);
+    for (int i = 0; i < count; ++i) ready.push(waiting[i]);
 }
 
 void run_thread() {
@@ -269,7 +279,7 @@ void meet(uint32_t mask, const char* instruction, void* deposit, Site site, Work
         if ((mask >> lane & 1) && lane != fiber->lane) others[count++] = &fibers[fiber->warp * 32 + lane];
     release(others, count);
     if (settings.order != FORWARD) {  // the last to come need not be the first to go on
-        ready.push_back(fiber);
+        ready.push(fiber);
         give_way();
     }
 }
@@ -307,15 +317,20 @@ struct Product {
     const uint32_t *a, *b;
 };
 
+typedef float Row __attribute__((vector_size(32)));  // eight columns
+
 struct Tile {
-    float a[16][16], b[16][8], d[16][8];  // b[k][n]
+    float a[16][16];
+    Row b[16], d[16];  // b[k][n]
 };
 
 template <int K>
 void multiply(Tile& tile) {
-    for (int m = 0; m < 16; ++m)
-        for (int k = 0; k < K; ++k)
-            for (int n = 0; n < 8; ++n) tile.d[m][n] += tile.a[m][k] * tile.b[k][n];
+    for (int m = 0; m < 16; ++m) {
+        Row sums = tile.d[m];
+        for (int k = 0; k < K; ++k) sums += tile.a[m][k] * tile.b[k];
+        tile.d[m] = sums;
+    }
 }
 
 // Collects the fragments of 32 lanes, multiplies, hands the result out. set_a and set_b(tile, product,
@@ -436,8 +451,8 @@ void prepare_thread(int rank) {
     fiber.index = {r % x, r / x % y, r / (x * y)};
     fiber.done = false;
     fiber.waits_at = {"the kernel's start", 0};
+    fiber.copies.clear();
     fiber.groups.clear();
-    fiber.open_group.clear();
     // Stacks that all ended at a multiple of 256 KB would share one set of each cache.
     const size_t color = size_t(rank % 61) * 1088 + 64;
     prepare_context(fiber, stacks + STACK_BYTES * (rank + 1) - color, run_thread);
@@ -456,10 +471,9 @@ void run_block() {
         order.push_back(&fibers[rank]);
     }
     release(order.data(), thread_count);
-    current = ready.front();
-    void* first = ready.front()->context;
-    ready.pop_front();
-    switch_context(&scheduler_context, first);
+    Fiber* first = ready.pop();
+    current = first;
+    switch_context(&scheduler_context, first->context);
     // Between the last byte and the guard page alignment leaves a few bytes that nobody may write.
     const unsigned char* end = dynamic_shared + launch_now.dynamic_bytes;
     const bool intact = std::all_of(end, static_cast<const unsigned char*>(shared_arena + SHARED_CAPACITY),
@@ -570,22 +584,23 @@ void copy_async(void* destination, const void* source, int bytes, bool valid, Si
     if (!in_shared_memory(destination, bytes)) fail(site, "copy_async writes outside of shared memory");
     ++statistics.copies;
     const Copy copy{destination, source, bytes, valid};
-    if (settings.lazy_copies) static_cast<Fiber*>(current)->open_group.push_back(copy);
+    if (settings.lazy_copies) static_cast<Fiber*>(current)->copies.push_back(copy);
     else land(copy);
 }
 
 void commit_copies() {
     Fiber* fiber = static_cast<Fiber*>(current);
-    fiber->groups.push_back(std::move(fiber->open_group));
-    fiber->open_group.clear();
+    const int closed = std::accumulate(fiber->groups.begin(), fiber->groups.end(), 0);
+    fiber->groups.push_back(int(fiber->copies.size()) - closed);
 }
 
 void wait_copies(int pending) {
     Fiber* fiber = static_cast<Fiber*>(current);
-    while (int(fiber->groups.size()) > pending) {
-        for (const Copy& copy : fiber->groups.front()) land(copy);
-        fiber->groups.pop_front();
-    }
+    const auto first_left = fiber->groups.end() - std::min(size_t(pending), fiber->groups.size());
+    const int landing = std::accumulate(fiber->groups.begin(), first_left, 0);
+    fiber->groups.erase(fiber->groups.begin(), first_left);
+    std::for_each(fiber->copies.begin(), fiber->copies.begin() + landing, land);
+    fiber->copies.erase(fiber->copies.begin(), fiber->copies.begin() + landing);
 }
 
 void load_matrices(uint32_t* fragment, const void* row, bool transposed, Site site) {
@@ -750,8 +765,8 @@ const char* emulator_error() { return emulator::error.c_str(); }
 const char* emulator_error_library() { return emulator::error_library.c_str(); }
 size_t emulator_error_address() { return emulator::error_address; }
 
-void emulator_configure(int order, unsigned seed, int lazy_copies, int lazy_products) {
-    emulator::settings = {order, seed, lazy_copies != 0, lazy_products != 0};
+void emulator_configure(int order, unsigned seed, int lazy_copies) {
+    emulator::settings = {order, seed, lazy_copies != 0};
 }
 
 void emulator_statistics(unsigned long long* values, int reset) {

@@ -1,0 +1,196 @@
+// Small kernels with one fault each, and the same without it: what the emulator must find.
+#include <instructions.cuh>
+
+enum Fault { NONE, PLANTED };
+
+// ---- threads that do not wait for each other ------------------------------------------------------------
+
+// y[i] = x[(i + 1) % n] for one block, through shared memory.
+template <Fault FAULT>
+__global__ void rotate(const float* x, float* y) {
+    float* tile = dynamic_shared_memory<float>();
+    tile[threadIdx.x] = x[threadIdx.x];
+    if (FAULT != PLANTED) __syncthreads();
+    y[threadIdx.x] = tile[(threadIdx.x + 1) % blockDim.x];
+}
+
+// The same through registers of neighbours in a warp, in place: all must read before any writes.
+template <Fault FAULT>
+__global__ void rotate_in_place(float* x) {
+    float* tile = dynamic_shared_memory<float>();
+    tile[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    const float next = tile[(threadIdx.x + 1) % blockDim.x];
+    if (FAULT != PLANTED) __syncthreads();
+    tile[threadIdx.x] = next;
+    __syncthreads();
+    x[threadIdx.x] = tile[threadIdx.x];
+}
+
+// y[i] = x[i ^ 1], neighbours of one warp.
+template <Fault FAULT>
+__global__ void swap_neighbours(const float* x, float* y) {
+    float* tile = dynamic_shared_memory<float>();
+    tile[threadIdx.x] = x[threadIdx.x];
+    if (FAULT != PLANTED) __syncwarp();
+    y[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+
+// Blocks must not depend on each other: block b > 0 reads what block b - 1 wrote.
+template <Fault FAULT>
+__global__ void chain(float* x) {
+    const int b = blockIdx.x;
+    if (threadIdx.x == 0) x[b] = FAULT == PLANTED && b > 0 ? x[b - 1] + 1.0f : float(b);
+}
+
+// ---- threads that wait for those who never come -----------------------------------------------------------
+
+template <Fault FAULT>
+__global__ void divergent_barrier(float* y) {
+    if (FAULT != PLANTED || threadIdx.x < 16) __syncthreads();
+    y[threadIdx.x] = 1.0f;
+}
+
+template <Fault FAULT>
+__global__ void two_barriers(float* y) {
+    if (FAULT == PLANTED && threadIdx.x < 16) {
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+    y[threadIdx.x] = 1.0f;
+}
+
+template <Fault FAULT>
+__global__ void divergent_shuffle(float* y) {
+    float value = threadIdx.x;
+    if (FAULT != PLANTED || threadIdx.x % 2) value += __shfl_xor_sync(0xffffffffu, value, 1);
+    y[threadIdx.x] = value;
+}
+
+template <Fault FAULT>
+__global__ void shuffle_outside_mask(float* y) {
+    float value = threadIdx.x;
+    if (threadIdx.x < 16) value = __shfl_sync(0xffffu, value, FAULT == PLANTED ? 20 : 4);
+    y[threadIdx.x] = value;
+}
+
+// ---- asynchronous copies ----------------------------------------------------------------------------------
+
+constexpr int CHUNKS = 6, STAGES = 3;  // a chunk: 4 floats a thread
+
+// y = x, chunk by chunk through a ring of STAGES buffers. LATE: one group is waited for too few.
+// OVERWRITTEN: a chunk is fetched into the buffer that is read now.
+enum RingFault { SOUND, LATE, OVERWRITTEN };
+
+template <RingFault FAULT>
+__global__ void copy_by_ring(const float* x, float* y) {
+    float* ring = dynamic_shared_memory<float>();
+    const int chunk = 4 * blockDim.x;
+    auto fetch = [&](int i) {
+        if (i < CHUNKS)
+            copy_async<16>(ring + i % STAGES * chunk + 4 * threadIdx.x, x + i * chunk + 4 * threadIdx.x, true);
+        commit_copies();
+    };
+    constexpr int AHEAD = FAULT == OVERWRITTEN ? STAGES : STAGES - 1;
+    for (int i = 0; i < AHEAD; ++i) fetch(i);
+    for (int i = 0; i < CHUNKS; ++i) {
+        wait_copies<FAULT == LATE ? AHEAD : AHEAD - 1>();
+        __syncthreads();
+        fetch(i + AHEAD);
+        // each thread reads what another one fetched
+        const int k = (threadIdx.x + 1) % blockDim.x;
+        for (int e = 0; e < 4; ++e) y[i * chunk + 4 * k + e] = ring[i % STAGES * chunk + 4 * k + e];
+    }
+}
+
+template <Fault FAULT>
+__global__ void misaligned_copy(const float* x, float* y) {
+    float* tile = dynamic_shared_memory<float>();
+    copy_async<16>(tile + 4 * threadIdx.x + (FAULT == PLANTED ? 1 : 0), x + 4 * threadIdx.x, true);
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    y[threadIdx.x] = tile[threadIdx.x];
+}
+
+template <Fault FAULT>
+__global__ void copy_to_global(const float* x, float* y) {
+    float* tile = dynamic_shared_memory<float>();
+    copy_async<4>(FAULT == PLANTED ? y + threadIdx.x : tile + threadIdx.x, x + threadIdx.x, true);
+    commit_copies();
+    wait_copies<0>();
+    y[threadIdx.x] = FAULT == PLANTED ? y[threadIdx.x] : tile[threadIdx.x];
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------
+
+template <Fault FAULT>
+__global__ void uninitialized_dynamic(float* y) {
+    float* tile = dynamic_shared_memory<float>();
+    if (FAULT != PLANTED || threadIdx.x != 5) tile[threadIdx.x] = 1.0f;
+    __syncthreads();
+    y[threadIdx.x] = tile[threadIdx.x];
+}
+
+template <Fault FAULT>
+__global__ void uninitialized_static(float* y) {
+    __shared__ float tile[32];
+    if (FAULT != PLANTED || threadIdx.x != 5) tile[threadIdx.x] = 1.0f;
+    __syncthreads();
+    y[threadIdx.x] = tile[threadIdx.x];
+}
+
+// OFFSET shifts the reads of x or the writes of y: -40 to 40.
+__global__ void read_at(const float* x, float* y, int offset) { y[threadIdx.x] = x[int(threadIdx.x) + offset]; }
+
+__global__ void write_at(const float* x, float* y, int offset) { y[int(threadIdx.x) + offset] = x[threadIdx.x]; }
+
+__global__ void dynamic_at(float* y, int offset) {
+    float* tile = dynamic_shared_memory<float>();
+    tile[int(threadIdx.x) + offset] = 1.0f;
+    y[threadIdx.x] = 1.0f;
+}
+
+__global__ void static_at(float* y, int offset) {
+    __shared__ float tile[4][32];
+    tile[1][int(threadIdx.x) + offset] = 1.0f;
+    y[threadIdx.x] = 1.0f;
+}
+
+__global__ void vector_at(const float* x, float* y, int offset) {
+    const float4 value = *reinterpret_cast<const float4*>(x + offset);
+    y[threadIdx.x] = value.x + value.y + value.z + value.w;
+}
+
+__global__ void null_pointer(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
+
+__global__ void overflow(float* y, int factor) { y[threadIdx.x] = float((1 << 20) * factor); }
+
+__global__ void divide(int* y, int divisor) { y[threadIdx.x] = int(threadIdx.x) / divisor; }
+
+__device__ __noinline__ float deeper(float* y, int depth) {
+    volatile float frame[256];
+    frame[depth % 256] = float(depth);
+    return depth == 0 ? frame[0] : deeper(y, depth - 1) + frame[depth % 256];
+}
+
+__global__ void recursion(float* y, int depth) { y[threadIdx.x] = deeper(y, depth); }
+
+// ---- matrices -----------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements in rows of 128 bytes; with SWIZZLE the 16-byte chunks of a row are
+// permuted so that the rows of a matrix lie in different banks.
+template <bool SWIZZLE>
+__global__ void load_tile(const uint32_t* x, uint32_t* y) {
+    uint32_t* tile = dynamic_shared_memory<uint32_t>();  // 8 rows of 8 chunks of 4 words
+    for (int word = threadIdx.x; word < 8 * 32; word += 32) {
+        const int row = word / 32, chunk = word % 32 / 4;
+        tile[row * 32 + (SWIZZLE ? chunk ^ row : chunk) * 4 + word % 4] = x[word];
+    }
+    __syncwarp();
+    const int row = threadIdx.x % 8, chunk = threadIdx.x / 8;
+    uint32_t fragment[4];
+    load_matrices(fragment, tile + row * 32 + (SWIZZLE ? chunk ^ row : chunk) * 4);
+    for (int i = 0; i < 4; ++i) y[32 * i + threadIdx.x] = fragment[i];
+}
