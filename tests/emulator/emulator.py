@@ -123,7 +123,7 @@ class Emulator:
             raise FileNotFoundError(f"{source} is in none of {', '.join(map(str, self.folders))}")
         library = _build_kernel(path, name, self.device_limits.architecture)
         self.loaded.add((source, name))
-        return EmulatedKernel(self, f"{source}: {name}", library)
+        return EmulatedKernel(self, f"{path.name}: {name}", library)
 
     def statistics(self) -> dict[str, int]:
         """Return what was counted since the last call."""
