@@ -2,6 +2,7 @@
 #include <elements.cuh>
 #include <indices.cuh>
 
+// double becomes a 16-bit type by way of float, rounded twice.
 template <typename To, typename From>
 DEVICE To convert(From value) {
     return from_float<To>(typename Accumulator<To>::type(to_float(value)));
