@@ -29,8 +29,9 @@ class Rows:
         return self._rows
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        for place, (row, given) in enumerate(zip(self._rows, self._given, strict=True)):
-            for array, target in zip(row, given, strict=True):
+        # The values last: without momentum they stand in for velocities, as copies made before.
+        for place in reversed(range(len(self._rows))):
+            for array, target in zip(self._rows[place], self._given[place], strict=True):
                 if array is not target and place != 1:
                     target[...] = array
 
