@@ -64,14 +64,15 @@ short, int, long = int16, int32, int64
 float = float32  # last: above, these names are Python's
 
 if TYPE_CHECKING:
-    from gradengine import backends, data, models, nn, optim, weights
+    from gradengine import backends, cuda, data, models, nn, optim, weights
+    from gradengine.dtypes import bfloat16
     from gradengine.weights import load, save
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: a user of tensors alone does not pay for them.
-_LAZY = {"load": "weights", "save": "weights"}
-_LAZY |= dict.fromkeys(("backends", "data", "models", "nn", "optim", "weights"), "")
+_LAZY = {"bfloat16": "dtypes", "load": "weights", "save": "weights"}
+_LAZY |= dict.fromkeys(("backends", "cuda", "data", "models", "nn", "optim", "weights"), "")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,17 @@
-"""Element types: their names, the default float, and PyTorch's promotion rules."""
+"""Element types: their names, the default float, and PyTorch's promotion rules.
+
+bfloat16 is a dtype of the package ml_dtypes, of NumPy's kind "V", and imported when somebody asks
+for it. Whether a dtype is floating point is therefore `is_floating_point`'s to say, not its kind's.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    bfloat16: np.dtype[Any]
 
 float16 = np.dtype(np.float16)
 float32 = np.dtype(np.float32)
@@ -17,8 +24,44 @@ int64 = np.dtype(np.int64)
 bool_ = np.dtype(np.bool_)
 
 _SUPPORTED = {float16, float32, float64, uint8, int8, int16, int32, int64, bool_}
-_CATEGORY = {"b": 0, "i": 1, "u": 1, "f": 2}
+_CATEGORY = {"b": 0, "i": 1, "u": 1, "f": 2, "V": 2}
 _default_float = float32
+
+
+def __getattr__(name: str) -> Any:
+    if name != "bfloat16":
+        raise AttributeError(f"module 'gradengine.dtypes' has no attribute {name!r}")
+    import ml_dtypes
+
+    found = globals()["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+    return found
+
+
+def is_floating_point(dtype: np.dtype[Any]) -> bool:
+    """Return whether the elements are floating point numbers, also bfloat16's."""
+    return dtype.kind == "f" or is_bfloat16(dtype)
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Return whether the dtype is bfloat16, without importing it."""
+    return dtype.kind == "V" and dtype.type.__name__ == "bfloat16"
+
+
+def widened(array: Any) -> Any:
+    """Return an array of bfloat16 as float32, to compute with, and any other as it is."""
+    return array.astype(float32) if is_bfloat16(array.dtype) else array
+
+
+def narrowed(array: Any, dtype: np.dtype[Any]) -> Any:
+    """Return float32 that was computed from 16-bit floats as these, and any other array as it is."""
+    return array.astype(dtype) if dtype.itemsize == 2 and array.dtype == float32 else array
+
+
+def sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype to sum in: float32 for 16-bit floats, int64 for integers and bools."""
+    if dtype.kind == "f":
+        return float32 if dtype.itemsize == 2 else dtype
+    return float32 if is_bfloat16(dtype) else int64
 
 
 def get_default_dtype() -> np.dtype[Any]:
@@ -30,7 +73,7 @@ def set_default_dtype(dtype: Any) -> None:
     """Set the dtype of new floating point tensors. Raises TypeError unless it is floating point."""
     global _default_float
     found = as_dtype(dtype)
-    if found.kind != "f":
+    if not is_floating_point(found):
         raise TypeError(f"set_default_dtype: dtype must be floating point; got dtype={found}")
     _default_float = found
 
@@ -40,8 +83,10 @@ def as_dtype(spec: Any) -> np.dtype[Any]:
 
     Python's `float`, `int` and `bool` are float64, int64 and bool, as in PyTorch.
     """
+    if isinstance(spec, str) and spec == "bfloat16":
+        return __getattr__("bfloat16")  # a name that NumPy knows once it is imported
     found = np.dtype(spec)
-    if found not in _SUPPORTED:
+    if found not in _SUPPORTED and not is_bfloat16(found):
         raise TypeError(f"dtype: tensors hold float, integer and bool types; got dtype={found}")
     return found
 
@@ -70,9 +115,11 @@ def can_hold(target: np.dtype[Any], source: np.dtype[Any]) -> bool:
 
 
 def _promote(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
-    if _CATEGORY[first.kind] == _CATEGORY[second.kind]:
-        return np.promote_types(first, second)
-    return first if can_hold(first, second) else second
+    if _CATEGORY[first.kind] != _CATEGORY[second.kind]:
+        return first if can_hold(first, second) else second
+    if is_bfloat16(first) != is_bfloat16(second) and first.itemsize == second.itemsize:
+        return float32  # neither 16-bit float holds the other
+    return np.promote_types(first, second)
 
 
 def _dtype_and_rank(value: Any) -> tuple[np.dtype[Any], int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradengine import devices
-from gradengine.dtypes import as_dtype, get_default_dtype
+from gradengine.dtypes import as_dtype, get_default_dtype, is_floating_point
 from gradengine.ops import random
 from gradengine.tape import Variable
 from gradengine.tensor import Tensor
@@ -36,7 +36,7 @@ def _sizes(name: str, sizes: tuple[Any, ...], named: Shape = None) -> tuple[int,
 
 def _float_type(name: str, dtype: Any) -> np.dtype[Any]:
     found = get_default_dtype() if dtype is None else as_dtype(dtype)
-    if found.kind != "f":
+    if not is_floating_point(found):
         raise TypeError(f"{name}: dtype must be floating point; got dtype={found}")
     return found
 

@@ -26,7 +26,16 @@ from typing import Any
 import numpy as np
 
 from gradengine import devices
-from gradengine.dtypes import get_default_dtype, result_type
+from gradengine.dtypes import (
+    float32,
+    get_default_dtype,
+    is_bfloat16,
+    is_floating_point,
+    narrowed,
+    result_type,
+    sum_dtype,
+    widened,
+)
 from gradengine.grad_mode import grad_mode
 from gradengine.tape import Node, SavedOutput, Variable
 
@@ -187,7 +196,11 @@ def _general(op: Operation) -> Callable[..., Any]:
             if type(x) is not _ndarray and x is not None:
                 foreign = True
             arrays.append(x)
-        out = _call(op, arrays, attributes) if foreign else forward(*arrays, **attributes)
+        out = (
+            _call(op.name, forward, arrays, attributes)
+            if foreign
+            else forward(*arrays, **attributes)
+        )
         kept = None
         if keeps:
             out, *kept = out
@@ -276,7 +289,7 @@ def _unary(op: Operation, floating: bool) -> Callable[..., Any]:
             out = forward(a, **attributes)
         else:
             x = _conform_one(op.name, x, floating)
-            out = _call(op, (array_of(x),), attributes, devices.in_memory_order)
+            out = _call_elementwise(op, floating, (array_of(x),), attributes)
         if not isinstance(x, Variable):
             return out
         if x.node is None or not op.rules or not grad_mode.enabled:
@@ -309,7 +322,7 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
         else:
             x, y = conform(op.name, x, y, floating)
             try:
-                out = _call(op, (array_of(x), array_of(y)), {}, devices.in_memory_order)
+                out = _call_elementwise(op, floating, (array_of(x), array_of(y)), {})
             except ValueError:
                 raise _shape_error(op.name, x, y) from None
         node_x = x.node if isinstance(x, Variable) else None
@@ -366,7 +379,11 @@ def sum_to_shape(x, *, shape):
     stretched = tuple(
         added + axis for axis, size in enumerate(shape) if size == 1 != x.shape[added + axis]
     )
-    return x.sum(axis=(*range(added), *stretched), keepdims=True).reshape(shape)
+    axes = (*range(added), *stretched)
+    if x.dtype.itemsize > 2:
+        return x.sum(axis=axes, keepdims=True).reshape(shape)
+    total = x.sum(axis=axes, keepdims=True, dtype=sum_dtype(x.dtype))
+    return narrowed(total, x.dtype).reshape(shape)
 
 
 @operation(label="ExpandBackward0", view=True)
@@ -391,7 +408,9 @@ cast.pullbacks(x=lambda grad, x_dtype: cast(grad, dtype=x_dtype))
 def _conform_one(name: str, x: Any, floating: bool) -> Any:
     if not hasattr(x, "dtype"):
         raise TypeError(f"{name}: input must be a Tensor or an array; got {type(x).__name__}")
-    return cast(x, dtype=get_default_dtype()) if floating and x.dtype.kind != "f" else x
+    if floating and not is_floating_point(x.dtype):
+        return cast(x, dtype=get_default_dtype())
+    return x
 
 
 def conform(name: str, x: Any, y: Any, floating: bool = False) -> tuple[Any, Any]:
@@ -411,7 +430,7 @@ def conform(name: str, x: Any, y: Any, floating: bool = False) -> tuple[Any, Any
             f"{name}: one of the inputs must be a Tensor or an array; got {x!r} and {y!r}"
         )
     dtype = result_type(*values)
-    if floating and dtype.kind != "f":
+    if floating and not is_floating_point(dtype):
         dtype = get_default_dtype()
     x, y = (
         cast(value, dtype=dtype) if is_array and value.dtype != dtype else value
@@ -420,17 +439,41 @@ def conform(name: str, x: Any, y: Any, floating: bool = False) -> tuple[Any, Any
     return x, y
 
 
+def _call_elementwise(
+    op: Operation, floating: bool, arrays: Sequence[Any], attributes: dict[str, Any]
+) -> Any:
+    """Run an elementwise forward where it is more than a call of NumPy's, keeping memory's order."""
+    forward = op.forward
+    dtypes = [array.dtype for array in arrays if hasattr(array, "dtype")]
+    # Beside a Python number NumPy and CuPy make bfloat16 float32, and most functions of floats have
+    # several steps, each of which would round.
+    if is_bfloat16(dtypes[0]) and (floating or len(dtypes) < len(arrays)):
+        forward = functools.partial(_in_float32, forward, dtypes[0])
+    return _call(op.name, forward, arrays, attributes, devices.in_memory_order)
+
+
+def _in_float32(forward: Callable[..., Any], dtype: Any, *arrays: Any, **attributes: Any) -> Any:
+    """Compute arrays of bfloat16, `dtype`, in float32; a result of numbers is rounded to it once."""
+    wide = [widened(array) if hasattr(array, "dtype") else array for array in arrays]
+    out = forward(*wide, **attributes)
+    return out.astype(dtype) if out.dtype == float32 else out
+
+
 def _call(
-    op: Operation, arrays: Sequence[Any], attributes: dict[str, Any], call: Any = operator.call
+    name: str,
+    forward: Callable[..., Any],
+    arrays: Sequence[Any],
+    attributes: dict[str, Any],
+    call: Any = operator.call,
 ) -> Any:
     """Run a forward on arrays that are not all NumPy's: on their device, after checking that it is one."""
     located = [array for array in arrays if hasattr(array, "dtype")]
-    devices.check_same_device(op.name, *located)
+    devices.check_same_device(name, *located)
     for array in located:
         if devices.array_module(array) is not np:
             with array.device:
-                return call(op.forward, *arrays, **attributes)
-    return op.forward(*arrays, **attributes)
+                return call(forward, *arrays, **attributes)
+    return forward(*arrays, **attributes)
 
 
 # ---- views ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradengine import devices
-from gradengine.dtypes import get_default_dtype
+from gradengine.dtypes import get_default_dtype, is_floating_point
 
 _PRECISION = 4
 _THRESHOLD = 1000  # elements; larger tensors are summarised
@@ -74,7 +74,7 @@ def _edges(values: np.ndarray) -> np.ndarray:
 
 def _formatter(values: np.ndarray) -> tuple[Callable[[Any], str], int]:
     """Return a function that writes one element, padded to the width that is returned beside it."""
-    if values.dtype.kind != "f":
+    if not is_floating_point(values.dtype):
         width = max(len(str(value)) for value in values)
         return lambda value: str(value).rjust(width), width
     significant = values[np.isfinite(values) & (values != 0)].astype(np.float64)

@@ -22,7 +22,9 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from gradengine import devices
+from gradengine.dtypes import is_bfloat16, is_floating_point
 from gradengine.grad_mode import set_grad_enabled
+from gradengine.kernels.cuda.capture import note_grad, note_write
 
 # One clock orders nodes and in-place writes: a saved value is stale if written after its node was made.
 tick = itertools.count(1).__next__
@@ -34,10 +36,15 @@ Edge = Any
 class Version:
     """When a piece of memory was last written in place: shared by a tensor, its views and detached copies."""
 
-    __slots__ = ("stamp",)
+    __slots__ = ("__weakref__", "stamp")
 
     def __init__(self) -> None:
         self.stamp = 0
+
+    def written(self, at: int) -> None:
+        """Note a write at this time of the clock."""
+        self.stamp = at
+        note_write(self)
 
 
 class SavedOutput(Version):
@@ -160,7 +167,7 @@ class Variable:
         elif not value:
             self.node = None
         elif self.node is None:
-            if self.array.dtype.kind != "f":
+            if not is_floating_point(self.array.dtype):
                 raise RuntimeError(
                     "requires_grad: only Tensors of floating point dtype can require gradients; "
                     f"got dtype={self.array.dtype}"
@@ -215,6 +222,7 @@ class Variable:
                     f"got grad.dtype={value.array.dtype}, tensor.dtype={self.array.dtype}"
                 )
             devices.check_same_device("grad", value.array, self.array)
+        note_grad(self, replaced=True)
         self._grad = value
 
     @property
@@ -273,7 +281,7 @@ class Variable:
 
     def written(self) -> None:
         """Note that the memory was just written: values saved by earlier nodes are stale from now on."""
-        self.version().stamp = tick()
+        self.version().written(tick())
 
 
 # ---- the walk ------------------------------------------------------------------------------------
@@ -403,12 +411,19 @@ def _pull(
             _refuse_freed(node)
         share = pullback(grad, *_unpack(node, saved, create_graph)) if saved else pullback(grad)
         if share.shape != parent.shape or share.dtype != parent.dtype:
-            _refuse_share(node, share, parent)
+            share = _rounded(node, share, parent)
         if parent in gradients:
             gradients[parent] = _sum(gradients[parent], share)
         else:
             gradients[parent] = share
             heapq.heappush(heap, (-parent.index, parent))
+
+
+def _rounded(node: Node, share: Any, parent: Node) -> Any:
+    """Return as bfloat16 what a pullback's plain arithmetic with Python numbers made float32."""
+    if share.shape != parent.shape or share.dtype != np.float32 or not is_bfloat16(parent.dtype):
+        _refuse_share(node, share, parent)
+    return share.astype(parent.dtype)
 
 
 def _sum(x: Any, y: Any) -> Any:
@@ -507,6 +522,7 @@ def _is_sole_owner(gradients: dict[Node, Any], node: Node) -> bool:
 
 def _accumulate(tensor: Variable, grad: Any, create_graph: bool) -> None:
     """Add `grad` to `tensor.grad`: in place into the same object, except where the sum is recorded."""
+    note_grad(tensor, replaced=False)
     previous = tensor._grad
     if isinstance(grad, Variable):
         tensor._grad = grad if previous is None else previous + grad

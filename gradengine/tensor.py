@@ -185,7 +185,7 @@ class Tensor(Variable):
 
     def is_floating_point(self) -> builtins.bool:
         """Return whether the dtype is a float."""
-        return self.array.dtype.kind == "f"
+        return dtypes.is_floating_point(self.array.dtype)
 
     # -- out of the engine
 
@@ -385,6 +385,10 @@ class Tensor(Variable):
         """Return this tensor as float16."""
         return conversion.to_dtype(self, dtypes.float16)
 
+    def bfloat16(self) -> Tensor:
+        """Return this tensor as bfloat16."""
+        return conversion.to_dtype(self, dtypes.bfloat16)
+
     def long(self) -> Tensor:
         """Return this tensor as int64."""
         return conversion.to_dtype(self, dtypes.int64)
@@ -445,7 +449,7 @@ class Tensor(Variable):
     def _stamp(self) -> None:
         """Note the write; this tensor's own node is made after it and so is not stale."""
         recorded = self.node is not None and self.node.leaf is None and grad_mode.enabled
-        self.version().stamp = self.node.index if recorded else tick()  # type: ignore[union-attr]
+        self.version().written(self.node.index if recorded else tick())  # type: ignore[union-attr]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if grad_mode.enabled and (self.requires_grad or _requires_grad(value)):
@@ -483,7 +487,7 @@ class Tensor(Variable):
         return self.copy_(drawn)
 
     def _float_dtype(self, name: str) -> np.dtype[Any]:
-        if self.dtype.kind != "f":
+        if not dtypes.is_floating_point(self.dtype):
             raise TypeError(f"{name}: dtype must be floating point; got dtype={self.dtype}")
         return self.dtype
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from gradengine.devices import array_module
+from gradengine.devices import array_module, device_of, on_device_of, to_device
 from gradengine.factories import tensor
 from gradengine.tensor import Tensor
 
@@ -28,17 +29,28 @@ def clip_grad_norm_(
     gradients = [parameter.grad for parameter in given if parameter.grad is not None]
     if not gradients:
         return tensor(0.0)
+    place = device_of(gradients[0].array)
     xp = array_module(gradients[0].array)
-    norms = [xp.linalg.norm(gradient.array.ravel(order="K"), norm_type) for gradient in gradients]
-    norm = xp.linalg.norm(xp.stack(norms), norm_type)
+    with on_device_of(gradients[0].array):
+        # Not stacked: CuPy would copy a list of many addresses to the GPU
+        norms = xp.empty(len(gradients), gradients[0].dtype)
+        for number, gradient in enumerate(gradients):
+            norms[number] = to_device(_norm(gradient.array, norm_type), place)
+        norm = xp.linalg.norm(norms, norm_type)
     if error_if_nonfinite and not math.isfinite(float(norm)):  # waits for the GPU
         raise RuntimeError(
             "clip_grad_norm_: the norm of the gradients is non-finite, so it cannot be clipped; "
             f"got norm={float(norm)}, norm_type={norm_type}"
         )
-    scale = xp.minimum(max_norm / (norm + 1e-6), 1)
+    with on_device_of(gradients[0].array):
+        scale = xp.minimum(max_norm / (norm + 1e-6), 1)
     for gradient in gradients:
-        with np.errstate(invalid="ignore"):  # an infinite norm makes inf * 0
-            gradient.array *= scale
+        with on_device_of(gradient.array), np.errstate(invalid="ignore"):  # an infinite norm: inf * 0
+            gradient.array *= to_device(scale, gradient.device)
         gradient.written()
     return Tensor(norm)
+
+
+def _norm(array: Any, norm_type: float) -> Any:
+    with on_device_of(array):
+        return array_module(array).linalg.norm(array.ravel(order="K"), norm_type)

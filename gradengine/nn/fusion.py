@@ -17,6 +17,7 @@ from gradengine import kernels
 from gradengine.devices import array_module, device_of
 from gradengine.grad_mode import grad_mode
 from gradengine.kernels import settings
+from gradengine.kernels.cuda.capture import postpone, valid_while
 from gradengine.kernels.geometry import Conv2dGeometry, conv2d_geometry
 from gradengine.nn.activation import ReLU
 from gradengine.nn.convolution import Conv2d
@@ -179,9 +180,11 @@ def _folded(
     else:
         if not _can_fold(tensors, geometry):
             return None
+        postpone()  # replays would fold each time
         folded = _Folded(tensors, eps, geometry)
         others = [other for other in kept if other.is_current()]
         _KEPT[conv] = (folded, *others[: KEPT_GEOMETRIES - 1])
+    valid_while(folded.is_current)
     bias = folded.bias
     return folded if bias.dtype == x.array.dtype and type(bias) is type(x.array) else None
 

@@ -438,6 +438,10 @@ class Module:
         """Convert floating point tensors to float16."""
         return self.to(dtype="float16")
 
+    def bfloat16(self) -> Self:
+        """Convert floating point tensors to bfloat16."""
+        return self.to(dtype="bfloat16")
+
     # -- representation
 
     def extra_repr(self) -> str:

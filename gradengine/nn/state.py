@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradengine.devices import array_module
-from gradengine.dtypes import as_dtype
+from gradengine.dtypes import as_dtype, is_floating_point
 from gradengine.grad_mode import no_grad
 from gradengine.operation import array_of
 from gradengine.tensor import Tensor
@@ -87,7 +87,7 @@ def _problem(key: str, target: Tensor, value: Any, assign: bool) -> str | None:
     array = array_of(value)
     try:
         array_module(array)
-        kind = as_dtype(array.dtype).kind
+        floating = is_floating_point(as_dtype(array.dtype))
     except TypeError:
         return (
             f'while copying "{key}": expected a Tensor or an array of numbers from the checkpoint; '
@@ -98,7 +98,7 @@ def _problem(key: str, target: Tensor, value: Any, assign: bool) -> str | None:
             f"size mismatch for {key}: copying a param with shape {array.shape} from checkpoint, "
             f"the shape in current model is {target.shape}."
         )
-    if assign and (kind == "f") != target.is_floating_point():
+    if assign and floating != target.is_floating_point():
         return f"dtype mismatch for {key}: cannot assign {array.dtype} in place of {target.dtype}."
     return None
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradengine import kernels
 from gradengine.devices import array_module
+from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
 from gradengine.operation import array_of, elementwise, operation
 from gradengine.ops import random
 from gradengine.ops.dims import normalized_dim
@@ -186,9 +187,9 @@ logsigmoid.pullbacks(x=lambda grad, x: grad * sigmoid(-x))
 def _softmax(x, *, dim):
     if x.ndim == 0:
         return _softmax.operation.forward(x.reshape(1), dim=dim).reshape(())
-    out = array_module(x).exp(_below_maximum(x, dim))
+    out = array_module(x).exp(_below_maximum(x.astype(sum_dtype(x.dtype), copy=False), dim))
     out /= out.sum(axis=dim, keepdims=True)
-    return out
+    return narrowed(out, x.dtype)
 
 
 @operation(label="LogSoftmaxBackward0")
@@ -196,10 +197,10 @@ def _log_softmax(x, *, dim):
     if x.ndim == 0:
         return _log_softmax.operation.forward(x.reshape(1), dim=dim).reshape(())
     xp = array_module(x)
-    out = _below_maximum(x, dim)
+    out = _below_maximum(x.astype(sum_dtype(x.dtype), copy=False), dim)
     if out.size:  # the sum of nothing is 0, whose logarithm NumPy warns of
         out -= xp.log(xp.exp(out).sum(axis=dim, keepdims=True))
-    return out
+    return narrowed(out, x.dtype)
 
 
 def _below_maximum(x: Any, dim: int) -> Any:
@@ -238,9 +239,9 @@ def log_softmax(x: Any, dim: int) -> Any:
 
 
 def _checked_dim(name: str, x: Any, dim: int) -> int:
-    if x.dtype.kind != "f":
+    if not is_floating_point(x.dtype):
         raise TypeError(
-            f"{name}: x must be floating point (x.dtype.kind == 'f'); got x.dtype={x.dtype}"
+            f"{name}: x must be floating point (x.is_floating_point()); got x.dtype={x.dtype}"
         )
     return normalized_dim(name, dim, max(x.ndim, 1))  # a number is a row of one
 
@@ -266,9 +267,9 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Any:
     """
     if not 0 <= p <= 1:
         raise ValueError(f"dropout: p must be a probability (0 <= p <= 1); got p={p}")
-    if x.dtype.kind != "f":
+    if not is_floating_point(x.dtype):
         raise TypeError(
-            f"dropout: x must be floating point (x.dtype.kind == 'f'); got x.dtype={x.dtype}"
+            f"dropout: x must be floating point (x.is_floating_point()); got x.dtype={x.dtype}"
         )
     if not training or p == 0:
         return x

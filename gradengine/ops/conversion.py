@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradengine import devices
-from gradengine.dtypes import as_dtype
+from gradengine.dtypes import as_dtype, is_floating_point
 from gradengine.grad_mode import grad_mode
 from gradengine.operation import array_of, cast, operation, sum_to_shape
 from gradengine.tape import Variable
@@ -31,7 +31,8 @@ def to_dtype(x: Any, dtype: Any) -> Any:
     if x.dtype == dtype:
         return x
     # An integer has no derivative: converting the detached tensor leaves nothing on the tape.
-    return cast(x if dtype.kind == "f" or not hasattr(x, "detach") else x.detach(), dtype=dtype)
+    differentiable = is_floating_point(dtype) or not hasattr(x, "detach")
+    return cast(x if differentiable else x.detach(), dtype=dtype)
 
 
 def kept_for_backward(value: Any, *inputs: Any) -> Any:

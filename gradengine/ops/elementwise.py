@@ -8,7 +8,7 @@ from typing import Any
 
 from gradengine import kernels
 from gradengine.devices import array_module
-from gradengine.dtypes import bool_, result_type
+from gradengine.dtypes import bool_, is_floating_point, narrowed, result_type, widened
 from gradengine.operation import array_of, conform, elementwise, operation, sum_to_shape
 from gradengine.ops.conversion import kept_for_backward
 from gradengine.tape import Variable
@@ -109,7 +109,7 @@ def _trunc_divide(x, y):
     array = x if hasattr(x, "dtype") else y
     xp = array_module(array)
     # Without the remainder the division is exact, also for integers that no float holds.
-    return xp.trunc(x / y) if array.dtype.kind == "f" else (x - xp.fmod(x, y)) // y
+    return xp.trunc(x / y) if is_floating_point(array.dtype) else (x - xp.fmod(x, y)) // y
 
 
 add.pullbacks(x=lambda grad: grad, y=lambda grad: grad)
@@ -168,7 +168,7 @@ trunc.pullbacks(x=lambda grad: grad * 0)
 
 @operation(label="PowBackward0")
 def _pow_number(x, *, exponent):
-    return x**exponent
+    return narrowed(x**exponent, x.dtype)
 
 
 @elementwise(label="PowBackward1")
@@ -201,7 +201,7 @@ def _log_of(base: Any) -> Any:
 def pow(x: Any, exponent: Any) -> Any:
     """Return x ** exponent, elementwise; either may be a number. The gradient by 0's exponent is 0."""
     number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
-    if number and hasattr(x, "dtype") and (x.dtype.kind == "f" or isinstance(exponent, int)):
+    if number and hasattr(x, "dtype") and (isinstance(exponent, int) or is_floating_point(x.dtype)):
         if x.dtype.kind in "iu" and exponent < 0:
             raise RuntimeError(
                 "pow: integers to negative integer powers are not allowed; convert to a float dtype"
@@ -372,7 +372,8 @@ minimum.pullbacks(
 
 @operation(label="WhereBackward0")
 def _where(x, y, *, condition):
-    return array_module(condition).where(condition, x, y)
+    # CuPy's where makes bfloat16 float32.
+    return narrowed(array_module(condition).where(condition, x, y), x.dtype)
 
 
 _where.pullbacks(
@@ -413,7 +414,7 @@ def where(condition: Any, x: Any = None, y: Any = None) -> Any:
 
 @operation(label="ClampBackward1")
 def _clamp(x, *, min, max):
-    return array_module(x).clip(x, min, max)
+    return narrowed(array_module(x).clip(widened(x), min, max), x.dtype)
 
 
 _clamp.pullbacks(x=lambda grad, x, min, max: where(_within(x, min, max), grad, 0.0))

@@ -15,6 +15,7 @@ import numpy as np
 
 from gradengine import devices
 from gradengine.devices import array_module
+from gradengine.dtypes import narrowed, sum_dtype
 from gradengine.operation import array_of, operation, sum_to_shape
 from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.dims import normalized_dim
@@ -88,12 +89,13 @@ def _pick(x, *, axes, index, unique, label):
 @operation
 def _put_back(x, *, axes, index, unique, shape):
     """Return zeros of `shape` with x added at the places: the adjoint of `_pick`."""
-    out = array_module(x).zeros(shape, x.dtype)
     if unique:
+        out = array_module(x).zeros(shape, x.dtype)
         out[_key(out.ndim, axes, index)] = x
-    else:
-        _add_at(out, x, axes, index)
-    return out
+        return out
+    out = array_module(x).zeros(shape, sum_dtype(x.dtype))
+    _add_at(out, x, axes, index)
+    return narrowed(out, x.dtype)
 
 
 _pick.pullbacks(
@@ -425,9 +427,9 @@ def _line(name: str, x: Any, dim: int, index: Any) -> tuple[Any, int]:
 
 @operation(label=lambda axes, index, label: label)
 def _add(x, values, *, axes, index, label):
-    out = x.copy(order="C")
+    out = x.astype(sum_dtype(x.dtype), order="C")
     _add_at(out, values, axes, index)
-    return out
+    return out.astype(x.dtype, copy=False)
 
 
 _add.pullbacks(

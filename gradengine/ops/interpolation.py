@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradengine import kernels
+from gradengine.dtypes import is_floating_point
 from gradengine.operation import operation
 
 
@@ -135,8 +136,7 @@ def _check_interpolation(
             "interpolate: align_corners and antialias are for mode='bilinear'; "
             f"got mode='nearest', align_corners={align_corners}, antialias={antialias}"
         )
-    if mode == "bilinear" and x.dtype.kind != "f":
+    if mode == "bilinear" and not is_floating_point(x.dtype):
         raise TypeError(
-            "interpolate: bilinear needs floating point (x.dtype.kind == 'f'); "
-            f"got x.dtype={x.dtype}"
+            f"interpolate: bilinear needs floating point (x.is_floating_point()); got x.dtype={x.dtype}"
         )

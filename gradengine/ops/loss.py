@@ -9,6 +9,7 @@ import numpy as np
 
 from gradengine import kernels
 from gradengine.devices import array_module, check_same_device
+from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
 from gradengine.operation import array_of, operation
 from gradengine.ops.activation import log_softmax, logsigmoid, softmax
 from gradengine.ops.conversion import kept_for_backward
@@ -27,8 +28,13 @@ def _nll_loss(x, *, target, scale, divisor):
     axis = min(1, x.ndim - 1)
     picked = xp.take_along_axis(x, xp.expand_dims(target, axis), axis=axis).squeeze(axis)
     with np.errstate(invalid="ignore"):  # -inf * 0 of a score that is not used, 0 / 0 where none is
-        loss = xp.where(scale != 0, picked * -scale, xp.zeros((), x.dtype))
-        return loss if divisor is None else loss.sum() / divisor
+        loss = narrowed(xp.where(scale != 0, picked * -scale, xp.zeros((), x.dtype)), x.dtype)
+        return loss if divisor is None else _over(loss, divisor)
+
+
+def _over(loss: Any, divisor: Any) -> Any:
+    """Return the sum of an array divided by a number, in the array's dtype."""
+    return narrowed(loss.sum(dtype=sum_dtype(loss.dtype)) / divisor, loss.dtype)
 
 
 @operation(label="NllLossBackwardBackward0")
@@ -38,7 +44,9 @@ def _nll_loss_grad(grad, *, target, scale, divisor, shape):
     axis = min(1, len(shape) - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         weighted = grad * -scale if divisor is None else grad / divisor * -scale
-    weighted = xp.where(scale != 0, weighted, xp.zeros((), grad.dtype))
+    weighted = xp.where(scale != 0, weighted, xp.zeros((), grad.dtype)).astype(
+        grad.dtype, copy=False
+    )
     out = xp.zeros(shape, grad.dtype)
     xp.put_along_axis(out, xp.expand_dims(target, axis), xp.expand_dims(weighted, axis), axis)
     return out
@@ -61,8 +69,8 @@ def _softmax_nll_loss(x, *, target, scale, divisor):
     losses, shifts = kernels.softmax_cross_entropy(_rows(x), target.reshape(-1))
     with np.errstate(invalid="ignore"):
         loss = losses.reshape(target.shape) * scale
-        loss = xp.where(scale != 0, loss, xp.zeros((), x.dtype))
-        return loss if divisor is None else loss.sum() / divisor, shifts
+        loss = narrowed(xp.where(scale != 0, loss, xp.zeros((), x.dtype)), x.dtype)
+        return loss if divisor is None else _over(loss, divisor), shifts
 
 
 def _softmax_nll_loss_grad(
@@ -78,7 +86,11 @@ def _softmax_nll_loss_grad(
         shape = (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)
         hits = xp.arange(x.shape[axis]).reshape(shape) == xp.expand_dims(target, axis)
         return (softmax(x, axis) - hits.astype(scale.dtype)) * unsqueeze(weighted, axis)
-    weighted = xp.where(scale != 0, weighted, xp.zeros((), x.dtype)).reshape(-1)
+    weighted = (
+        xp.where(scale != 0, weighted, xp.zeros((), x.dtype))
+        .reshape(-1)
+        .astype(x.dtype, copy=False)
+    )
     found = kernels.softmax_cross_entropy_grad(weighted, _rows(x), target.reshape(-1), shifts)
     if x.ndim == 2:
         return found
@@ -122,7 +134,7 @@ def _divisor(name: str, scale: Any, reduction: str) -> Any:
     _check_reduction(name, reduction)
     if reduction == "none":
         return None
-    return scale.sum() if reduction == "mean" else 1
+    return scale.sum(dtype=sum_dtype(scale.dtype)) if reduction == "mean" else 1
 
 
 def _class_scale(
@@ -145,12 +157,12 @@ def _class_scale(
     scale = xp.where(ignored, xp.zeros((), input.dtype), scale)
     if xp is not np:
         scale = xp.where(wrong, xp.full((), xp.nan, input.dtype), scale)
-    return safe, scale, ignored
+    return safe, narrowed(scale, input.dtype), ignored
 
 
 def _check_classes(name: str, input: Any, target: Any, weight: Any) -> None:
     check_same_device(name, *[x for x in (array_of(input), target, weight) if x is not None])
-    if input.dtype.kind != "f" or target.dtype.kind not in "iu":
+    if not is_floating_point(input.dtype) or target.dtype.kind not in "iu":
         raise TypeError(
             f"{name}: input must be floating point and target integer class numbers; "
             f"got input.dtype={input.dtype}, target.dtype={target.dtype}"
@@ -198,9 +210,10 @@ def cross_entropy(
         )
     _check_reduction("cross_entropy", reduction)
     axis = min(1, input.ndim - 1)
-    fused = target.dtype.kind != "f" and label_smoothing == 0 and _has_kernel(input)
+    probabilities = is_floating_point(target.dtype)
+    fused = not probabilities and label_smoothing == 0 and _has_kernel(input)
     scores = input if fused else log_softmax(input, axis)
-    if target.dtype.kind == "f":
+    if probabilities:
         return _soft_cross_entropy(scores, target, weight, reduction, label_smoothing)
     target, scale, ignored = _class_scale("cross_entropy", scores, target, weight, ignore_index)
     divisor = _divisor("cross_entropy", scale, reduction)
@@ -216,7 +229,7 @@ def cross_entropy(
 
 def _has_kernel(input: Any) -> bool:
     array = array_of(input)
-    if array.dtype.kind != "f" or array.size == 0:
+    if not is_floating_point(array.dtype) or array.size == 0:
         return False
     if array_module(array) is not np:
         return True

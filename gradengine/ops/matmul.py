@@ -9,6 +9,7 @@ import numpy as np
 
 from gradengine import kernels
 from gradengine.devices import array_module
+from gradengine.dtypes import narrowed, widened
 from gradengine.operation import operation, sum_to_shape
 from gradengine.ops.shape import reshape
 
@@ -17,12 +18,12 @@ from gradengine.ops.shape import reshape
 
 @operation(label="DotBackward0")
 def _dot(x, y):
-    return x @ y
+    return narrowed(x @ y, x.dtype)  # NumPy's products of bfloat16 are float32
 
 
 @operation(label="MvBackward0")
 def _mv(x, y):
-    return x @ y
+    return narrowed(x @ y, x.dtype)
 
 
 @operation(label="MmBackward0")
@@ -203,7 +204,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 @operation(label="EinsumBackward0")
 def _rearrange(x, *, letters, output):
     """Take the diagonal over repeated letters, sum over letters not in `output`, and permute."""
-    out = array_module(x).einsum(f"{letters}->{output}", x)
+    out = narrowed(array_module(x).einsum(f"{letters}->{output}", widened(x)), x.dtype)
     return out.copy() if len(set(letters)) == len(output) else out  # einsum may return a view
 
 
@@ -231,9 +232,8 @@ def _spread(x, *, letters, output, shape):
         if firsts[letter] != axis:
             diagonal = [1] * len(shape)
             diagonal[firsts[letter]] = diagonal[axis] = shape[axis]
-            x = xp.where(
-                xp.eye(shape[axis], dtype=bool).reshape(diagonal), x, xp.zeros((), x.dtype)
-            )
+            on_diagonal = xp.eye(shape[axis], dtype=bool).reshape(diagonal)
+            x = narrowed(xp.where(on_diagonal, x, xp.zeros((), x.dtype)), x.dtype)
     return x.copy()
 
 
@@ -258,7 +258,7 @@ def _contract(x, y, *, x_letters, y_letters, output):
         arranged(y, y_letters, batch, summed, y_alone),
     )
     found = [*batch, *x_alone, *y_alone]
-    product = product.reshape([sizes[letter] for letter in found])
+    product = narrowed(product, x.dtype).reshape([sizes[letter] for letter in found])
     return product.transpose([found.index(letter) for letter in output])
 
 

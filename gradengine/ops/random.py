@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradengine.devices import Device, device_of, to_device
+from gradengine.dtypes import is_bfloat16
 from gradengine.operation import array_of
 
 _lock = threading.Lock()  # NumPy's generators are not safe for several threads at once
@@ -65,7 +66,10 @@ def uniform(shape: tuple[int, ...], dtype: Any, device: Device) -> Any:
     """Return an array of numbers drawn evenly from [0, 1)."""
     with _lock:
         drawn = _stream().random(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
-    return to_device(drawn.astype(dtype, copy=False), device)
+    if dtype.itemsize == 2:  # rounding to the nearest could give 1
+        steps = 256 if is_bfloat16(dtype) else 2048
+        drawn = np.floor(drawn * np.float32(steps)) / np.float32(steps)
+    return to_device(np.asarray(drawn).astype(dtype, copy=False), device)
 
 
 def normal(shape: tuple[int, ...], dtype: Any, device: Device) -> Any:

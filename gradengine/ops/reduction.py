@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.dtypes import get_default_dtype
+from gradengine.dtypes import get_default_dtype, is_floating_point, narrowed, sum_dtype, widened
 from gradengine.operation import cast, operation
 from gradengine.ops.conversion import to_dtype
 from gradengine.ops.dims import normalized_dim, normalized_dims, numpy_spelled
@@ -45,9 +45,9 @@ def _kept_shape(shape: tuple[int, ...], dim: Dims) -> tuple[int, ...]:
 
 
 def _check_float(name: str, x: Any) -> None:
-    if x.dtype.kind != "f":
+    if not is_floating_point(x.dtype):
         raise TypeError(
-            f"{name}: x must have a floating point dtype (x.dtype.kind == 'f'); "
+            f"{name}: x must have a floating point dtype (x.is_floating_point()); "
             f"got x.dtype={x.dtype}, convert it with x.float()"
         )
 
@@ -63,17 +63,9 @@ def _check_not_empty(name: str, x: Any, dim: Dims) -> None:
 # ---- sums and means ------------------------------------------------------------------------------
 
 
-def _wide(dtype: Any) -> Any:
-    """Return the dtype to sum in: float32 for float16, int64 for integers and bools."""
-    if dtype.kind != "f":
-        return np.int64
-    return np.float32 if dtype.itemsize == 2 else dtype
-
-
 @operation(label=lambda dim, keepdim: "SumBackward0" if dim is None else "SumBackward1")
 def _sum(x, *, dim, keepdim):
-    out = x.sum(axis=dim, keepdims=keepdim, dtype=_wide(x.dtype))
-    return out.astype(x.dtype) if x.dtype == np.float16 else out
+    return narrowed(x.sum(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype)), x.dtype)
 
 
 @operation(label="ExpandBackward0")
@@ -99,10 +91,9 @@ def sum(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> An
 
 @operation(label=lambda dim, keepdim: "MeanBackward0" if dim is None else "MeanBackward1")
 def _mean(x, *, dim, keepdim):
-    total = x.sum(axis=dim, keepdims=keepdim, dtype=_wide(x.dtype))
+    total = x.sum(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype))
     # The mean of nothing is nan, without NumPy's warning.
-    out = total / (_count(x.shape, dim) or math.nan)
-    return out.astype(x.dtype) if x.dtype == np.float16 else out
+    return narrowed(total / (_count(x.shape, dim) or math.nan), x.dtype)
 
 
 _mean.pullbacks(
@@ -124,9 +115,7 @@ def mean(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> A
 @operation
 def _cumsum(x, *, dim, reverse):
     along = array_module(x).flip(x, dim) if reverse else x
-    out = along.cumsum(axis=dim, dtype=_wide(x.dtype))
-    if x.dtype == np.float16:
-        out = out.astype(x.dtype)
+    out = narrowed(widened(along).cumsum(axis=dim, dtype=sum_dtype(x.dtype)), x.dtype)
     return array_module(x).flip(out, dim) if reverse else out
 
 
@@ -147,7 +136,7 @@ def cumsum(x: Any, dim: int, dtype: Any = None) -> Any:
 
 def _variance(x: Any, dim: Dims, correction: float, keepdim: bool) -> Any:
     """Return the variance of an array, in the dtype that sums are made in."""
-    wide = _wide(x.dtype)
+    wide = sum_dtype(x.dtype)
     count = _count(x.shape, dim)
     centre = x.sum(axis=dim, keepdims=True, dtype=wide) / (count or math.nan)
     spread = x - centre
@@ -257,12 +246,12 @@ _min.pullbacks(x=_shared_by_ties)
 
 @operation
 def _argmax(x, *, dim):
-    return x.argmax(axis=dim)
+    return widened(x).argmax(axis=dim)
 
 
 @operation
 def _argmin(x, *, dim):
-    return x.argmin(axis=dim)
+    return widened(x).argmin(axis=dim)
 
 
 def _extremes(operations: tuple[Any, ...], x: Any, dim: Any, keepdim: bool) -> Any:
@@ -382,8 +371,7 @@ def count_nonzero(x: Any, dim: Any = None) -> Any:
 
 @operation(label=lambda dim, keepdim: "ProdBackward0" if dim is None else "ProdBackward1")
 def _prod(x, *, dim, keepdim):
-    out = x.prod(axis=dim, keepdims=keepdim, dtype=_wide(x.dtype))
-    return out.astype(x.dtype) if x.dtype == np.float16 else out
+    return narrowed(x.prod(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype)), x.dtype)
 
 
 def _prod_gradient(grad: Any, x: Any, dim: Dims) -> Any:
@@ -435,16 +423,16 @@ def prod(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> A
 
 @operation
 def _logsumexp(x, *, dim, keepdim):
-    xp = array_module(x)
+    xp, dtype, x = array_module(x), x.dtype, widened(x)
     with np.errstate(
         divide="ignore", over="ignore"
     ):  # log(0) is -inf, exp(large) beside inf is inf
         if _count(x.shape, dim) == 0:
-            return xp.log(x.sum(axis=dim, keepdims=keepdim))
+            return xp.log(x.sum(axis=dim, keepdims=keepdim)).astype(dtype)
         largest = x.max(axis=dim, keepdims=True)
         shift = xp.where(xp.isfinite(largest), largest, 0)
-        total = xp.exp(x - shift).sum(axis=dim, keepdims=keepdim, dtype=_wide(x.dtype))
-        return (xp.log(total) + shift.reshape(total.shape)).astype(x.dtype)
+        total = xp.exp(x - shift).sum(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype))
+        return (xp.log(total) + shift.reshape(total.shape)).astype(dtype)
 
 
 def _logsumexp_gradient(grad: Any, x: Any, out: Any, dim: Dims) -> Any:
@@ -463,13 +451,13 @@ def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
 
     Integers are converted to the default float.
     """
-    x = x if x.dtype.kind == "f" else cast(x, dtype=get_default_dtype())
+    x = x if is_floating_point(x.dtype) else cast(x, dtype=get_default_dtype())
     return _logsumexp(x, dim=_reduced_dims("logsumexp", dim, x.ndim), keepdim=keepdim)
 
 
 @operation(label="LinalgVectorNormBackward0")
 def _norm(x, *, p, dim, keepdim):
-    wide = x.astype(_wide(x.dtype), copy=False)
+    wide = x.astype(sum_dtype(x.dtype), copy=False)
     if p == 2:
         total = (wide * wide).sum(axis=dim, keepdims=keepdim)
         return array_module(x).sqrt(total).astype(x.dtype)

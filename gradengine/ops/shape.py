@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradengine.devices import array_module
+from gradengine.dtypes import narrowed, sum_dtype
 from gradengine.operation import broadcast_to as _broadcast_to
 from gradengine.operation import operation
 from gradengine.ops.dims import as_tuple, normalized_dim, normalized_dims
@@ -274,7 +275,8 @@ def _sum_repeats(x, *, shape):
     """Sum the copies that `_repeat` makes of an array of `shape`."""
     counts = [size // max(one, 1) for size, one in zip(x.shape, shape, strict=True)]
     folded = [size for pair in zip(counts, shape, strict=True) for size in pair]
-    return x.reshape(folded).sum(axis=tuple(range(0, 2 * x.ndim, 2)))
+    axes = tuple(range(0, 2 * x.ndim, 2))
+    return narrowed(x.reshape(folded).sum(axis=axes, dtype=sum_dtype(x.dtype)), x.dtype)
 
 
 _repeat.pullbacks(x=lambda grad, x_shape: _sum_repeats(grad, shape=x_shape))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradengine.devices import array_module
+from gradengine.dtypes import widened
 from gradengine.operation import operation
 from gradengine.ops.dims import normalized_dim
 from gradengine.ops.indexing import ValuesIndices, pick_along
@@ -26,13 +27,13 @@ def _order(x: Any, dim: int, descending: bool) -> Any:
 
 @operation
 def _argsort(x, *, dim, descending):
-    return _order(x, dim, descending)
+    return _order(widened(x), dim, descending)  # CuPy sorts no bfloat16
 
 
 @operation
 def _argtop(x, *, k, dim, largest):
     """Return the places of the k largest or smallest elements along `dim`, best first."""
-    xp = array_module(x)
+    xp, x = array_module(x), widened(x)
     size = x.shape[dim]
     if k == 0 or 2 * k > size:
         return xp.moveaxis(xp.moveaxis(_order(x, dim, largest), dim, 0)[:k], 0, dim)
