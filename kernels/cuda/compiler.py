@@ -7,10 +7,12 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,14 +104,16 @@ def compile_ahead(architecture: str) -> Iterator[tuple[str, float]]:
     are compiled at a time as there are cores.
     """
 
-    def one(kernel: tuple[str, str]) -> tuple[str, float]:
-        started = time.perf_counter()
-        machine_code(*kernel, architecture)
-        return f"{kernel[0]}: {kernel[1]}", time.perf_counter() - started
-
     kernels = [(source, name) for source, names in shipped_kernels().items() for name in names]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(one, kernels)
+    # Processes: NVRTC compiles for one thread at a time. Spawned: a fork may inherit a held lock.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compile_one, kernels, repeat(architecture), chunksize=4)
+
+
+def _compile_one(kernel: tuple[str, str], architecture: str) -> tuple[str, float]:
+    started = time.perf_counter()
+    machine_code(*kernel, architecture)
+    return ": ".join(kernel), time.perf_counter() - started
 
 
 @cache
