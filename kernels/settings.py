@@ -17,4 +17,24 @@ class CpuSettings:
     winograd: bool = True
 
 
+@dataclass
+class CudaSettings:
+    """Choices of the CUDA kernels; they hold from the next operation on.
+
+    conv_tf32: multiply float32 convolutions on tensor cores, many times as fast. Factors are
+        rounded to 11 significant bits (tf32), sums are float32: results are within 1e-3 of the
+        exact ones, relative to the norm. As PyTorch's torch.backends.cudnn.allow_tf32, which is on
+        by default as well.
+    float32_matmul_precision: "highest" multiplies matrices of float32 as they are; "high" and
+        "medium" round their elements to 11 significant bits first (tf32), which tensor cores
+        multiply several times as fast.
+    own_matmul: multiply matrices with these kernels also where cuBLAS is faster.
+    """
+
+    conv_tf32: bool = True
+    float32_matmul_precision: str = "highest"
+    own_matmul: bool = False
+
+
 cpu = CpuSettings()
+cuda = CudaSettings()

@@ -250,8 +250,9 @@ struct Place {
 // out = x * weight + bias + residual, (pixels, out_channels); with relu at least 0 (NaN stays). bias and
 // residual may be null.
 template <typename T, int VECTOR, int ROWS, int COLUMNS, int THREAD_ROWS, int THREAD_COLUMNS>
-__global__ void __launch_bounds__(Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS>::THREADS)
-forward(const T* x, const T* weight, const T* bias, const T* residual, T* out, Convolution c, long long relu) {
+__global__ void __launch_bounds__(Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS>::THREADS, 1)
+forward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+        const T* __restrict__ residual, T* __restrict__ out, const __grid_constant__ Convolution c, long long relu) {
     typedef Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS> Tile;
     typedef typename Tile::Sum Sum;
     const int channels = c.group_inputs(), outputs = c.group_outputs(), depth = c.taps() * channels;
@@ -287,8 +288,9 @@ forward(const T* x, const T* weight, const T* bias, const T* residual, T* out, C
 
 // out = the gradient by x, (pixels, in_channels), of grad (output pixels, out_channels).
 template <typename T, int VECTOR, int ROWS, int COLUMNS, int THREAD_ROWS, int THREAD_COLUMNS>
-__global__ void __launch_bounds__(Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS>::THREADS)
-grad_input(const T* grad, const T* weight, T* out, Convolution c) {
+__global__ void __launch_bounds__(Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS>::THREADS, 1)
+grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* __restrict__ out,
+           const __grid_constant__ Convolution c) {
     typedef Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS> Tile;
     const int channels = c.group_inputs(), outputs = c.group_outputs();
     // every class gets the blocks of the largest, that of pixel (0, 0)
@@ -331,8 +333,9 @@ grad_input(const T* grad, const T* weight, T* out, Convolution c) {
 // partials[slice] = what the output pixels of one slice add to the gradient by weight, (out_channels, taps,
 // channels). The slices are `slice_pixels` pixels each, a multiple of PLAIN_DEPTH.
 template <typename T, int VECTOR, int ROWS, int COLUMNS, int THREAD_ROWS, int THREAD_COLUMNS>
-__global__ void __launch_bounds__(Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS>::THREADS)
-grad_weight(const T* grad, const T* x, typename Accumulator<T>::type* partials, Convolution c,
+__global__ void __launch_bounds__(Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS>::THREADS, 1)
+grad_weight(const T* __restrict__ grad, const T* __restrict__ x,
+            typename Accumulator<T>::type* __restrict__ partials, const __grid_constant__ Convolution c,
             long long slice_pixels) {
     typedef Tile<T, ROWS, COLUMNS, THREAD_ROWS, THREAD_COLUMNS> Tile;
     const int channels = c.group_inputs(), outputs = c.group_outputs(), columns = c.taps() * channels;
@@ -341,7 +344,7 @@ grad_weight(const T* grad, const T* x, typename Accumulator<T>::type* partials, 
     const long long first = slice * slice_pixels, end = min(first + slice_pixels, c.output_pixels());
 
     CrosswiseMatrix<Tile, T, ROWS, VECTOR> a(grad + first * c.out_channels + group * outputs, place.row, outputs,
-                                             end - first, c.out_channels);
+                                             1, end - first, c.out_channels);
     CrosswisePixels<Tile, T, COLUMNS, VECTOR> b(x + group * channels, forward_axis(c, 0), forward_axis(c, 1),
                                                 c.in_channels, channels, place.column, first, end, c.out_height,
                                                 c.out_width);
@@ -366,7 +369,8 @@ grad_weight(const T* grad, const T* x, typename Accumulator<T>::type* partials, 
 // As `forward`; neighbouring threads have neighbouring output channels.
 template <typename T>
 __global__ void __launch_bounds__(256)
-direct_forward(const T* x, const T* weight, const T* bias, const T* residual, T* out, Convolution c,
+direct_forward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+               const T* __restrict__ residual, T* __restrict__ out, const __grid_constant__ Convolution c,
                long long relu) {
     typedef typename Accumulator<T>::type Sum;
     const long long target = thread_number(), number = quotient(target, c.out_channels);
@@ -394,7 +398,8 @@ direct_forward(const T* x, const T* weight, const T* bias, const T* residual, T*
 // As `grad_input`; neighbouring threads have neighbouring input channels.
 template <typename T>
 __global__ void __launch_bounds__(256)
-direct_grad_input(const T* grad, const T* weight, T* out, Convolution c) {
+direct_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* __restrict__ out,
+                  const __grid_constant__ Convolution c) {
     typedef typename Accumulator<T>::type Sum;
     const long long target = thread_number(), number = quotient(target, c.in_channels);
     if (number >= c.input_pixels()) return;
@@ -425,7 +430,8 @@ direct_grad_input(const T* grad, const T* weight, T* out, Convolution c) {
 // take every 8th pixel of the slice. The grid is (channel tiles x taps x channels, slices).
 template <typename T>
 __global__ void __launch_bounds__(256)
-direct_grad_weight(const T* grad, const T* x, typename Accumulator<T>::type* partials, Convolution c,
+direct_grad_weight(const T* __restrict__ grad, const T* __restrict__ x,
+                   typename Accumulator<T>::type* __restrict__ partials, const __grid_constant__ Convolution c,
                    long long slice_pixels) {
     typedef typename Accumulator<T>::type Sum;
     constexpr int ROWS = 8;
@@ -459,7 +465,8 @@ direct_grad_weight(const T* grad, const T* x, typename Accumulator<T>::type* par
 // out[i] = the sum of partials[slice][i] over all slices, always in the same order: every 8th slice by one of 8
 // threads, then these in turn. Blocks are 32 elements x 8.
 template <typename Sum, typename T>
-__global__ void __launch_bounds__(256) add_slices(const Sum* partials, T* out, long long count, long long slices) {
+__global__ void __launch_bounds__(256)
+add_slices(const Sum* __restrict__ partials, T* __restrict__ out, long long count, long long slices) {
     constexpr int ROWS = 8;
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
     const long long element = (long long)blockIdx.x * 32 + lane;

@@ -7,12 +7,23 @@ are float16, bfloat16, float32 or float64, sums are taken in float32, float64's 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.launch import address, c_name, device_limits, kernel
+from gradengine.kernels.cuda.launch import c_name, device_limits, kernel
+from gradengine.kernels.cuda.tiles import (
+    DOUBLE_TILE,
+    PLAIN_DEPTH,
+    SMALL_TILE,
+    SQUARE_TILE,
+    TALL_TILE,
+    choose_plain_tile,
+    covering,
+    sum_dtype,
+    vector_width,
+)
 from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 
@@ -32,8 +43,6 @@ _CONVOLUTION = np.dtype(
     ]
 )
 
-DEPTH = 8  # PLAIN_DEPTH of plain_tile.cuh
-
 # Groups of at most so many channels, of input and output, leave most of a tile empty: each thread
 # makes one element of the result instead.
 NARROW_GROUP = 8
@@ -41,34 +50,6 @@ NARROW_GROUP = 8
 # The sums over the slices of a deep product: their memory, and the least depth worth a slice.
 PARTIAL_BYTES = 16 << 20
 SLICE_SLABS = 16
-
-
-class Tile(NamedTuple):
-    """Sizes of a block's tile and of the part of it that one thread computes."""
-
-    rows: int
-    columns: int
-    thread_rows: int
-    thread_columns: int
-
-    @property
-    def threads(self) -> int:
-        return self.rows * self.columns // (self.thread_rows * self.thread_columns)
-
-    def covering(self, rows: int, columns: int) -> int:
-        """Return how many tiles cover a matrix."""
-        return -(-rows // self.rows) * -(-columns // self.columns)
-
-    def shared_bytes(self, itemsize: int) -> int:
-        """Return the size of PlainTile::Shared, two slabs of both operands."""
-        padding = 16 // itemsize
-        return 2 * DEPTH * (self.rows + self.columns + 2 * padding) * itemsize
-
-
-SQUARE_TILE = Tile(128, 128, 8, 8)
-TALL_TILE = Tile(128, 64, 8, 8)
-SMALL_TILE = Tile(64, 64, 8, 8)
-DOUBLE_TILE = Tile(64, 64, 4, 4)
 
 
 def _instances() -> list[str]:
@@ -88,7 +69,7 @@ def _instances() -> list[str]:
 
 
 # All that may be compiled: source and names of kernels.
-KERNELS = {SOURCE: _instances()}
+KERNELS = {SOURCE: tuple(_instances())}
 
 
 def forward(
@@ -112,7 +93,7 @@ def forward(
     if _is_narrow(geometry):
         _launch_direct("forward", out, arguments)
     else:
-        vector = vector_width(x.dtype, (x, weight), (inputs,))
+        vector = vector_width((x, weight), (inputs,))
         pixels = out.size // geometry.out_channels
         _launch_tiles("forward", x.dtype, vector, (pixels, outputs), geometry.groups, arguments)
     return from_nhwc(out)
@@ -129,7 +110,7 @@ def grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
     if _is_narrow(geometry):
         _launch_direct("grad_input", out, arguments)
     else:
-        vector = vector_width(grad.dtype, (grad, weight), (inputs, outputs))
+        vector = vector_width((grad, weight), (inputs, outputs))
         vertical, horizontal = geometry.stride
         rows, columns = -(-geometry.height // vertical), -(-geometry.width // horizontal)
         products = geometry.groups * vertical * horizontal
@@ -156,14 +137,16 @@ def grad_weight(
     inputs, outputs = _group_channels(geometry)
     columns = out.size // geometry.out_channels
     narrow = _is_narrow(geometry)
-    vector = vector_width(x.dtype, (grad, x), (inputs, outputs))
-    tile = choose_tile(x.dtype, outputs, columns, geometry.groups)
+    vector = vector_width((grad, x), (inputs, outputs))
+    tile = choose_plain_tile(x.dtype, outputs, columns, geometry.groups)
     if narrow:
         blocks = -(-geometry.out_channels // 32) * columns
     else:
-        blocks = tile.covering(outputs, columns) * geometry.groups
+        blocks = covering(tile, outputs, columns) * geometry.groups
     sums = sum_dtype(x.dtype)
-    slices, slice_pixels = slice_plan(pixels, DEPTH, SLICE_SLABS, blocks, out.size * sums.itemsize)
+    slices, slice_pixels = slice_plan(
+        pixels, PLAIN_DEPTH, SLICE_SLABS, blocks, out.size * sums.itemsize
+    )
     partials = xp.empty((slices, *out.shape), sums)
     arguments = (grad, x, partials, convolution(geometry), slice_pixels)
     if narrow:
@@ -171,7 +154,7 @@ def grad_weight(
         run((blocks, slices), (256,), arguments, 256 * sums.itemsize)
     else:
         name = f"grad_weight<{c_name(x.dtype)}, {vector}, {', '.join(map(str, tile))}>"
-        grid, shared = (blocks * slices,), tile.shared_bytes(sums.itemsize)
+        grid, shared = (blocks * slices,), tile.shared_bytes(x.dtype)
         kernel(SOURCE, name)(grid, (tile.threads,), arguments, shared)
     add_slices(partials, out)
     return from_nhwc(out)
@@ -201,31 +184,6 @@ def slice_plan(
     return -(-slabs // slice_slabs), slice_slabs * slab
 
 
-def choose_tile(dtype: Any, rows: int, columns: int, products: int) -> Tile:
-    """Choose the tile for products of this shape: small ones where large leave processors idle."""
-    if dtype == np.float64:
-        return DOUBLE_TILE
-    tile = SQUARE_TILE if columns > TALL_TILE.columns else TALL_TILE
-    if rows <= SMALL_TILE.rows:
-        return SMALL_TILE
-    enough = tile.covering(rows, columns) * products >= device_limits().multiprocessors
-    return tile if enough else SMALL_TILE
-
-
-def vector_width(dtype: Any, arrays: tuple[Array, ...], lengths: tuple[int, ...]) -> int:
-    """Return how many elements one access may take, given what all of its offsets are sums of."""
-    width = 2 if dtype == np.float64 else 4
-    fits = all(length % width == 0 for length in lengths) and all(
-        address(array) % (width * array.dtype.itemsize) == 0 for array in arrays
-    )
-    return width if fits else 1
-
-
-def sum_dtype(dtype: Any) -> np.dtype:
-    """Return the dtype in which elements are added up."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
 @lru_cache(CACHED_GEOMETRIES)
 def convolution(geometry: Conv2dGeometry) -> np.ndarray:
     """Return a geometry as the struct Convolution."""
@@ -248,10 +206,10 @@ def _launch_tiles(
     arguments: tuple[Any, ...],
 ) -> None:
     """Launch one block for each tile of `products` results of this shape."""
-    tile = choose_tile(dtype, *shape, products)
-    grid = (tile.covering(*shape) * products,)
+    tile = choose_plain_tile(dtype, *shape, products)
+    grid = (covering(tile, *shape) * products,)
     instance = f"{name}<{c_name(dtype)}, {vector}, {', '.join(map(str, tile))}>"
-    shared = tile.shared_bytes(sum_dtype(dtype).itemsize)
+    shared = tile.shared_bytes(dtype)
     kernel(SOURCE, instance)(grid, (tile.threads,), arguments, shared)
 
 

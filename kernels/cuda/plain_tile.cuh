@@ -188,14 +188,14 @@ struct DepthwiseMatrix : DepthwiseLoads<Tile, T, LENGTH, VECTOR> {
     }
 };
 
-// The same for lines that lie side by side (line_stride 1), so that a warp reads along them.
+// The same, but a warp reads along the lines, which lie side by side: line_stride must be 1.
 template <typename Tile, typename T, int LENGTH, int VECTOR>
 struct CrosswiseMatrix : CrosswiseLoads<Tile, T, LENGTH, VECTOR> {
     const T* address;
     long long depth_stride, depth_left, lines_left;
 
-    DEVICE CrosswiseMatrix(const T* matrix, long long first_line, long long lines, long long depth,
-                           long long depth_stride)
+    DEVICE CrosswiseMatrix(const T* matrix, long long first_line, long long lines, long long line_stride,
+                           long long depth, long long depth_stride)
         : depth_stride(depth_stride), depth_left(depth - this->depth()), lines_left(lines - first_line) {
         address = matrix + first_line + this->line(0) + this->depth() * depth_stride;
     }

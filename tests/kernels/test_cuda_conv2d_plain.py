@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradengine.kernels.cuda import conv2d_plain, launch
+from gradengine.kernels.cuda import conv2d_plain, launch, tiles
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.emulator.emulator import Schedule
 from tests.kernels.memory import laid_out
@@ -89,24 +89,24 @@ def test_other_dtypes(case, dtype, emulated_cuda, rng):
     check_three_passes(*drawn(case, rng, dtype))
 
 
-@pytest.mark.parametrize("tile", [conv2d_plain.SQUARE_TILE, conv2d_plain.TALL_TILE])
+@pytest.mark.parametrize("tile", [tiles.SQUARE_TILE, tiles.TALL_TILE])
 @pytest.mark.parametrize("case", ["several_tiles", "stride_and_dilation"])
 def test_large_tiles(case, tile, emulated_cuda, rng, monkeypatch):
-    monkeypatch.setattr(conv2d_plain, "choose_tile", lambda *_: tile)
+    monkeypatch.setattr(conv2d_plain, "choose_plain_tile", lambda *_: tile)
     check_three_passes(*drawn(case, rng))
     assert sum(str(tile.columns) in name for _, name in emulated_cuda.loaded) == 3
 
 
 def test_tiles_fit_the_product(emulated_cuda):
     def chosen(*arguments):
-        return conv2d_plain.choose_tile(FLOAT32, *arguments)
+        return tiles.choose_plain_tile(FLOAT32, *arguments)
 
     multiprocessors = launch.device_limits().multiprocessors
-    assert chosen(128 * multiprocessors, 128, 1) == conv2d_plain.SQUARE_TILE
-    assert chosen(128 * multiprocessors, 64, 1) == conv2d_plain.TALL_TILE
-    assert chosen(128 * multiprocessors - 128, 128, 1) == conv2d_plain.SMALL_TILE
-    assert chosen(128, 128, multiprocessors) == conv2d_plain.SQUARE_TILE
-    assert chosen(64, 1 << 20, 1) == conv2d_plain.SMALL_TILE
+    assert chosen(128 * multiprocessors, 128, 1) == tiles.SQUARE_TILE
+    assert chosen(128 * multiprocessors, 64, 1) == tiles.TALL_TILE
+    assert chosen(128 * multiprocessors - 128, 128, 1) == tiles.SMALL_TILE
+    assert chosen(128, 128, multiprocessors) == tiles.SQUARE_TILE
+    assert chosen(64, 1 << 20, 1) == tiles.SMALL_TILE
 
 
 @pytest.mark.parametrize("memory", ["nchw", "nhwc", "strided", "read_only"])
