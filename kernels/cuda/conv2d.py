@@ -1,19 +1,120 @@
-"""2-D convolution as matrix products over columns: the input pixels each output pixel reads."""
+"""2-D convolution on tensor cores: the choice of kernels and tiles, and the records that they read.
+
+All arrays of a kernel are channels-last: pixels (N, H, W, C), weights (K, R, S, C / groups). What
+tensor cores do not suit (float64, float32 with `settings.cuda.conv_tf32` off, channels that fill no
+chunks of 16 bytes, old devices) goes to `conv2d_plain`, gradients by weight to `conv2d_weight`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from functools import lru_cache
+from math import gcd, prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.windows import pad, padded_shape, sum_dtype, taps, unpad, windows
+from gradengine.kernels import settings
+from gradengine.kernels.cuda import conv2d_plain
+from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
+from gradengine.kernels.cuda.layout import channels_last
+from gradengine.kernels.geometry import CACHED_GEOMETRIES, Conv2dGeometry
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from gradengine.kernels.geometry import Pair
 
-    from gradengine.kernels.geometry import Conv2dGeometry
+SOURCE = "conv2d.cu"
 
-COLUMN_BYTES = 256 << 20
+CHUNK_BYTES = 16  # of tile.cuh, as SLAB_BYTES
+SLAB_BYTES = 128
+ROW_BYTES = 12  # struct Row
+MAXIMUM_TAPS = 15  # of conv2d.cu, as MAXIMUM_PARTS
+MAXIMUM_PARTS = 16
+MAXIMUM_ELEMENTS = 1 << 31  # of an array: offsets in it are of 32 bits
+MERGE_BLOCK = (32, 16)
+ONE_MERGE = 512  # blocks whose moments one pass merges; beyond, a slice merges at least
+MERGED_BLOCKS = 64  # so many, and there are at most
+MAXIMUM_SLICES = 64
+TENSOR_CORE_ARCHITECTURE = 80
+
+_DIVISOR = np.dtype([("divisor", np.int32), ("multiplier", np.uint32), ("shift", np.int32)])
+_PART = np.dtype(
+    [
+        *((name, np.int32) for name in ("first_block", "pixels")),
+        *((name, _DIVISOR) for name in ("plane", "line")),
+        *((name, np.int32) for name in ("taps_y", "taps_x", "origin_y", "origin_x")),
+        *((name, np.int32) for name in ("advance_y", "advance_x", "advance_channels")),
+        *((name, np.int32) for name in ("slabs", "first_tap", "first_target")),
+    ]
+)
+_PROBLEM = np.dtype(
+    [
+        *((name, np.int32) for name in ("height", "width", "pixel", "channels")),
+        *((name, np.int32) for name in ("padded_channels", "scale_y", "scale_x")),
+        *((name, np.int32) for name in ("step_y", "step_x", "target_plane", "target_line")),
+        *((name, np.int32) for name in ("target_pixel", "target_channels", "columns")),
+        *((name, np.int32) for name in ("column_blocks", "weight_depth", "weight_line")),
+        *((name, np.int32) for name in ("weight_step_y", "weight_step_x")),
+    ]
+)
+_FORWARD = np.dtype([("problem", _PROBLEM), ("part", _PART)])
+_GRADIENT = np.dtype(
+    [("problem", _PROBLEM), ("parts", np.int32), ("part", _PART, (MAXIMUM_PARTS,))]
+)
+
+
+class Tile(NamedTuple):
+    """Sizes of a block's tile and of one warp's part, and how many slabs wait in shared memory."""
+
+    rows: int
+    columns: int
+    warp_rows: int
+    warp_columns: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.rows // self.warp_rows) * (self.columns // self.warp_columns)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.stages * (self.rows + self.columns) * SLAB_BYTES + self.rows * ROW_BYTES
+
+
+# Each with its share of the tensor cores' peak: smaller tiles load more for each product.
+TILES = {
+    Tile(128, 128, 64, 64, 3): 1.0,
+    Tile(128, 64, 64, 32, 3): 0.8,
+    Tile(64, 64, 32, 32, 4): 0.6,
+}
+
+
+def _instances() -> Iterator[str]:
+    for element in ("float", "float16", "bfloat16"):
+        for tile in TILES:
+            for moments in ("false", "true"):
+                yield f"conv2d_forward<{_parameters(element, tile)}, {moments}>"
+            yield f"conv2d_grad_input<{_parameters(element, tile)}>"
+
+
+def _parameters(element: str, tile: Tile) -> str:
+    return ", ".join((element, *map(str, tile)))
+
+
+# All that may be compiled: source and names of kernels.
+KERNELS = {SOURCE: (*_instances(), "merge_moments", "sum_moments", "merge_slices")}
+
+
+class PreparedWeight(NamedTuple):
+    """A weight as the forward kernels read it; tensor_cores says which of them."""
+
+    data: Array
+    tensor_cores: bool
+
+
+# ---- the seam's functions -----------------------------------------------------------------------
 
 
 def conv2d(
@@ -25,97 +126,425 @@ def conv2d(
     residual: Array | None = None,
     relu: bool = False,
 ) -> Array:
-    weight = weight[0] if isinstance(weight, tuple) else weight
-    matrices = _group_matrices(to_nhwc(weight), geometry)
-    shape = (geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels)
-    out = array_module(x).empty(shape, x.dtype)
-    for group, images, columns in _column_chunks(x, geometry):
-        target = _split_groups(out, geometry)[images, :, :, group]
-        target[...] = (columns @ matrices[group].T).reshape(target.shape)
-    if bias is not None:
-        out += bias
-    if residual is not None:
-        out += to_nhwc(residual)
-    if relu:
-        array_module(x).maximum(out, 0, out=out)
-    return from_nhwc(out)
+    prepared = _prepared(weight, geometry)
+    if not prepared.tensor_cores:
+        return conv2d_plain.forward(x, prepared.data, bias, geometry, residual, relu)
+    return from_nhwc(_forward(x, prepared.data, bias, geometry, residual, relu))
 
 
 def conv2d_moments(
     x: Array, weight: Any, bias: Array | None, geometry: Conv2dGeometry
 ) -> tuple[Array, Array, Array]:
-    out = conv2d(x, weight, bias, geometry)
-    values = out.astype("float64")
-    if not out.size:
-        zeros = array_module(x).zeros(out.shape[1])
-        return out, zeros, zeros.copy()
-    return out, values.mean(axis=(0, 2, 3)), values.var(axis=(0, 2, 3))
+    prepared = _prepared(weight, geometry)
+    several = geometry.batch != next(_image_slices(geometry), slice(0, 0)).stop
+    if not prepared.tensor_cores or several:
+        return _moments_of(conv2d(x, weight, bias, geometry))
+    out, moments = _forward_with_moments(x, prepared.data, bias, geometry)
+    return from_nhwc(out), moments[0], moments[1]
 
 
-def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> Array:
-    return weight.copy()
+def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> PreparedWeight:
+    prepared = _prepared(weight, geometry)
+    return PreparedWeight(prepared.data.copy(), prepared.tensor_cores)
 
 
 def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
-    matrices = _group_matrices(to_nhwc(weight), geometry)
-    grads = _split_groups(to_nhwc(grad), geometry)
-    padded = array_module(grad).zeros(
-        padded_shape(geometry, geometry.in_channels), sum_dtype(grad.dtype)
-    )
-    channels = geometry.in_channels // geometry.groups
-    for images in _image_chunks(geometry, grad.dtype.itemsize):
-        for group in range(geometry.groups):
-            pixels = grads[images, :, :, group]
-            columns = pixels.reshape(-1, pixels.shape[-1]) @ matrices[group]
-            kernel = (geometry.kernel_height, geometry.kernel_width)
-            columns = columns.reshape(*pixels.shape[:3], *kernel, channels)
-            part = padded[images, :, :, group * channels : (group + 1) * channels]
-            for r, s, target in taps(part, geometry):
-                target[...] += columns[:, :, :, r, s]
-    grad_input = unpad(padded, geometry).astype(grad.dtype, copy=False)
-    return from_nhwc(array_module(grad).ascontiguousarray(grad_input))
+    if not _suits_grad_input(geometry, grad.dtype):
+        return conv2d_plain.grad_input(grad, weight, geometry)
+    grad, weight = _aligned(to_nhwc(grad)), _aligned(to_nhwc(weight))
+    batch, channels, height, width = geometry.input_shape
+    out = array_module(grad).empty((batch, height, width, channels), grad.dtype)
+    for images in _image_slices(geometry):
+        part = geometry._replace(batch=images.stop - images.start)
+        plan = _grad_input_plan(part, grad.itemsize, device_limits())
+        run = kernel(SOURCE, f"conv2d_grad_input<{_parameters(c_name(grad.dtype), plan.tile)}>")
+        arguments = (grad[images], weight, out[images], plan.record)
+        run(plan.grid, (plan.tile.threads,), arguments, plan.tile.shared_bytes)
+    return from_nhwc(out)
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
-    out_channels, channels, kernel_height, kernel_width = geometry.weight_shape
-    shape = (out_channels, kernel_height, kernel_width, channels)
-    grad_weight = array_module(x).zeros(shape, sum_dtype(x.dtype))
-    matrices = _group_matrices(grad_weight, geometry)
-    grads = _split_groups(to_nhwc(grad), geometry)
-    for group, images, columns in _column_chunks(x, geometry):
-        pixels = grads[images, :, :, group]
-        matrices[group] += pixels.reshape(-1, pixels.shape[-1]).T @ columns
-    return from_nhwc(grad_weight.astype(x.dtype, copy=False))
+    return conv2d_plain.grad_weight(grad, x, geometry)
 
 
-def _column_chunks(x: Array, geometry: Conv2dGeometry) -> Iterator[tuple[int, slice, Array]]:
-    """Give (group, images, columns of their output pixels (pixels, R * S * C / groups))."""
-    padded = pad(to_nhwc(x), geometry)
-    channels = geometry.in_channels // geometry.groups
-    for images in _image_chunks(geometry, x.dtype.itemsize):
-        for group in range(geometry.groups):
-            part = padded[images, :, :, group * channels : (group + 1) * channels]
-            columns = windows(part, geometry)
-            length = geometry.kernel_height * geometry.kernel_width * channels
-            yield group, images, columns.reshape(-1, length)
+# ---- forward ------------------------------------------------------------------------------------
 
 
-def _image_chunks(geometry: Conv2dGeometry, itemsize: int) -> Iterator[slice]:
-    """Split the batch so that one group's columns stay within COLUMN_BYTES, at least one image."""
-    _, channels, kernel_height, kernel_width = geometry.weight_shape
-    pixels = geometry.out_height * geometry.out_width
-    image_bytes = pixels * kernel_height * kernel_width * channels * itemsize
-    step = max(COLUMN_BYTES // image_bytes, 1)
+def _prepared(weight: Any, geometry: Conv2dGeometry) -> PreparedWeight:
+    """Give a weight (K, C / groups, R, S), packed or not, as the kernels of the device read it."""
+    if isinstance(weight, tuple):
+        return weight[0]  # the seam's PackedConv2d
+    if not _suits_forward(geometry, weight.dtype):
+        return PreparedWeight(weight, tensor_cores=False)
+    filled = _filled(geometry, weight.dtype.itemsize)
+    if filled.geometry == geometry:
+        return PreparedWeight(_aligned(to_nhwc(weight)), tensor_cores=True)
+    outputs, channels, height, width = geometry.weight_shape
+    shape = (outputs, height, filled.kernel_width, filled.channels)
+    padded = array_module(weight).zeros(shape, weight.dtype)
+    first = filled.first_tap
+    padded[:, :, first : first + width, :channels] = weight.transpose(0, 2, 3, 1)
+    return PreparedWeight(padded, tensor_cores=True)
+
+
+def _forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    geometry: Conv2dGeometry,
+    residual: Array | None,
+    relu: bool,
+) -> Array:
+    """Give the result (N, P, Q, K)."""
+    arrays = _forward_arrays(x, bias, geometry, residual)
+    for images in _image_slices(geometry):
+        part = geometry._replace(batch=images.stop - images.start)
+        _launch_forward(weight, part, arrays.of(images), relu, None)
+    return arrays.out
+
+
+def _forward_with_moments(
+    x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry
+) -> tuple[Array, Array]:
+    """Give the result (N, P, Q, K), and mean and variance (2, K) of its channels in float64."""
+    arrays = _forward_arrays(x, bias, geometry, None)
+    plan = _forward_plan(geometry, x.dtype.itemsize, device_limits())
+    partials = array_module(x).empty((plan.row_blocks, 2, geometry.out_channels), np.float32)
+    _launch_forward(weight, geometry, arrays, False, partials)
+    moments = _merged(partials, arrays.out, plan.tile.rows)
+    if bias is not None:  # partials are without it: float32 means of a small spread around it
+        moments[0] += bias.astype(np.float64)
+    return arrays.out, moments
+
+
+class _Arrays(NamedTuple):
+    """What a forward kernel reads and writes beside the weight, channels-last."""
+
+    x: Array
+    bias: Array | None
+    residual: Array | None
+    out: Array
+
+    def of(self, images: slice) -> _Arrays:
+        residual = None if self.residual is None else self.residual[images]
+        return _Arrays(self.x[images], self.bias, residual, self.out[images])
+
+
+def _forward_arrays(
+    x: Array, bias: Array | None, geometry: Conv2dGeometry, residual: Array | None
+) -> _Arrays:
+    xp = array_module(x)
+    batch, outputs, height, width = geometry.output_shape
+    return _Arrays(
+        _aligned(channels_last(x, _filled(geometry, x.dtype.itemsize).channels)),
+        None if bias is None else xp.ascontiguousarray(bias),
+        None if residual is None else _aligned(to_nhwc(residual)),
+        xp.empty((batch, height, width, outputs), x.dtype),
+    )
+
+
+def _launch_forward(
+    weight: Array, geometry: Conv2dGeometry, arrays: _Arrays, relu: bool, partials: Array | None
+) -> None:
+    x, bias, residual, out = arrays
+    plan = _forward_plan(geometry, x.dtype.itemsize, device_limits())
+    moments = "false" if partials is None else "true"
+    name = f"conv2d_forward<{_parameters(c_name(x.dtype), plan.tile)}, {moments}>"
+    bias_is_float = bias is not None and bias.dtype == np.float32
+    arguments = (x, weight, bias, int(bias_is_float), residual, int(relu), out, partials)
+    tile = plan.tile
+    kernel(SOURCE, name)(plan.grid, (tile.threads,), (*arguments, plan.record), tile.shared_bytes)
+
+
+def _aligned(array: Array) -> Array:
+    """Give a contiguous array at a multiple of 16 bytes: nearly always itself."""
+    return array.copy() if address(array) % CHUNK_BYTES else array
+
+
+def _merged(partials: Array, out: Array, rows: int) -> Array:
+    """Merge the moments of blocks of `rows` pixels of out (N, P, Q, K) to those of all (2, K)."""
+    xp = array_module(out)
+    blocks, _, channels = partials.shape
+    pixels = out.size // channels
+    across = -(-channels // MERGE_BLOCK[0])
+    moments = xp.empty((2, channels), np.float64)
+    if blocks <= ONE_MERGE:
+        arguments = (partials, moments, channels, blocks, rows, pixels)
+        kernel(SOURCE, "merge_moments")((across,), MERGE_BLOCK, arguments)
+        return moments
+    of_a_slice = max(MERGED_BLOCKS, -(-blocks // MAXIMUM_SLICES))
+    slices = -(-blocks // of_a_slice)
+    sums = xp.empty((slices, 2, channels), np.float64)
+    arguments = (partials, sums, channels, blocks, of_a_slice, rows, pixels)
+    kernel(SOURCE, "sum_moments")((across, slices), MERGE_BLOCK, arguments)
+    arguments = (sums, moments, channels, slices, pixels)
+    kernel(SOURCE, "merge_slices")((across,), MERGE_BLOCK, arguments)
+    return moments
+
+
+def _moments_of(out: Array) -> tuple[Array, Array, Array]:
+    """Give out (N, K, P, Q) and its moments by a pass over it."""
+    if not out.size:
+        zeros = array_module(out).zeros(out.shape[1])
+        return out, zeros, zeros.copy()
+    values = out.astype(np.float64)
+    return out, values.mean(axis=(0, 2, 3)), values.var(axis=(0, 2, 3))
+
+
+# ---- what suits tensor cores --------------------------------------------------------------------
+
+
+class _Filled(NamedTuple):
+    """A convolution whose channels fill chunks of 16 bytes, equal to one whose channels do not."""
+
+    geometry: Conv2dGeometry
+    channels: int  # of x, the new ones zero
+    kernel_width: int  # of the weight, whose own taps start at first_tap
+    first_tap: int
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def _filled(geometry: Conv2dGeometry, itemsize: int) -> _Filled:
+    """Fill up channels with zeros; few channels and an even stride also by pairs of pixels.
+
+    Two neighbouring pixels of 4 channels are one of 8. Windows then start at a pair if stride and
+    padding are even; an odd padding is made even by a tap of zeros before the others.
+    """
+    chunk = CHUNK_BYTES // itemsize
+    channels, width, taps = geometry.in_channels, geometry.width, geometry.kernel_width
+    if geometry.groups > 1 or channels % chunk == 0:
+        return _Filled(geometry, channels, taps, 0)
+    (vertical, horizontal), (rows, (left, right)) = geometry.stride, geometry.padding
+    in_pairs = horizontal % 2 == 0 and width % 2 == 0 and geometry.dilation[1] == 1
+    if channels > chunk // 2 or not in_pairs:
+        channels = -(-channels // chunk) * chunk
+        return _Filled(geometry._replace(in_channels=channels), channels, taps, 0)
+    first_tap = left % 2
+    taps += first_tap
+    taps += taps % 2
+    by_pairs = geometry._replace(
+        in_channels=chunk,
+        width=width // 2,
+        kernel_width=taps // 2,
+        stride=(vertical, horizontal // 2),
+        padding=(rows, ((left + first_tap) // 2, right)),
+    )
+    return _Filled(by_pairs, chunk // 2, taps, first_tap)
+
+
+def _suits_tensor_cores(geometry: Conv2dGeometry, dtype: Any) -> bool:
+    if dtype == np.float64 or (dtype == np.float32 and not settings.cuda.conv_tf32):
+        return False
+    image = max(
+        geometry.in_channels * geometry.height * geometry.width,
+        geometry.out_channels * geometry.out_height * geometry.out_width,
+    )
+    return (
+        max(geometry.kernel_height, geometry.kernel_width) <= MAXIMUM_TAPS
+        and image < MAXIMUM_ELEMENTS // 8
+        and prod(geometry.weight_shape) < MAXIMUM_ELEMENTS
+        and geometry.out_channels // geometry.groups % (CHUNK_BYTES // dtype.itemsize) == 0
+        and geometry.batch > 0
+        and device_limits().architecture >= TENSOR_CORE_ARCHITECTURE
+    )
+
+
+def _suits_forward(geometry: Conv2dGeometry, dtype: Any) -> bool:
+    chunk = CHUNK_BYTES // dtype.itemsize
+    fills_chunks = geometry.groups == 1 or geometry.in_channels // geometry.groups % chunk == 0
+    return fills_chunks and _suits_tensor_cores(geometry, dtype)
+
+
+def _suits_grad_input(geometry: Conv2dGeometry, dtype: Any) -> bool:
+    chunk = CHUNK_BYTES // dtype.itemsize
+    return (
+        geometry.in_channels // geometry.groups % chunk == 0
+        and geometry.stride[0] * geometry.stride[1] <= MAXIMUM_PARTS
+        and _suits_tensor_cores(geometry, dtype)
+    )
+
+
+def _image_slices(geometry: Conv2dGeometry) -> Iterator[slice]:
+    """Split the batch so that no array has elements beyond the kernels' offsets."""
+    image = max(
+        # twice: channels that do not fill chunks are filled up
+        2 * max(geometry.in_channels, CHUNK_BYTES) * geometry.height * geometry.width,
+        geometry.out_channels * geometry.out_height * geometry.out_width,
+    )
+    step = max(MAXIMUM_ELEMENTS // image, 1)
     for first in range(0, geometry.batch, step):
         yield slice(first, min(first + step, geometry.batch))
 
 
-def _group_matrices(weight: Array, geometry: Conv2dGeometry) -> Array:
-    # (K, R, S, C / groups) -> (groups, K / groups, R * S * C / groups), a view
-    return weight.reshape(geometry.groups, geometry.out_channels // geometry.groups, -1)
+# ---- plans --------------------------------------------------------------------------------------
 
 
-def _split_groups(out: Array, geometry: Conv2dGeometry) -> Array:
-    # (N, P, Q, K) -> (N, P, Q, groups, K / groups), a view
-    channels = geometry.out_channels // geometry.groups
-    return out.reshape(*out.shape[:3], geometry.groups, channels)
+class _Plan(NamedTuple):
+    """How a geometry is launched."""
+
+    tile: Tile
+    grid: tuple[int, int]
+    row_blocks: int
+    record: np.ndarray  # 0-d: the struct that the kernel takes
+
+
+def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> Tile:
+    """Choose the tile whose blocks, shared by the multiprocessors, take the least time."""
+
+    def time(tile: Tile) -> float:
+        blocks = -(-rows // tile.rows) * -(-columns // tile.columns) * groups
+        return -(-blocks // limits.multiprocessors) * tile.rows * tile.columns / TILES[tile]
+
+    return min((tile for tile in TILES if tile.shared_bytes <= limits.shared_bytes), key=time)
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def _forward_plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Plan:
+    given, geometry = geometry, _filled(geometry, itemsize).geometry
+    batch, outputs, height, width = geometry.output_shape
+    channels = geometry.in_channels // geometry.groups
+    columns = outputs // geometry.groups
+    pixels = batch * height * width
+    tile = _choose_tile(pixels, columns, geometry.groups, limits)
+    record = np.zeros((), _FORWARD)
+    problem, part = record["problem"], record["part"]
+    _fill(
+        problem,
+        height=geometry.height,
+        width=geometry.width,
+        pixel=geometry.in_channels,
+        channels=channels,
+        padded_channels=channels,
+        scale=geometry.stride,
+        step=geometry.dilation,
+        target_plane=height * width * outputs,
+        target_line=width * outputs,
+        target_pixel=outputs,
+        target_channels=outputs,
+        columns=columns,
+        column_blocks=-(-columns // tile.columns),
+        weight_depth=geometry.kernel_height * geometry.kernel_width * channels,
+    )
+    _fill_part(part, (batch, height, width))
+    _fill(part, origin=(-geometry.padding[0][0], -geometry.padding[1][0]))
+    _fill_taps(part, (geometry.kernel_height, geometry.kernel_width), channels, itemsize)
+    row_blocks = -(-pixels // tile.rows)
+    grid = (row_blocks * int(problem["column_blocks"]), given.groups)
+    return _Plan(tile, grid, row_blocks, record)
+
+
+class _Residue(NamedTuple):
+    """Along one axis: positions of x that the same taps read."""
+
+    first: int  # position, the others follow by stride
+    count: int
+    first_tap: int
+    taps: int
+    origin: int  # the output position whose first tap reads the first position
+
+
+def _residues(
+    size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[list[_Residue], int, int]:
+    """Split an axis of x; give also the steps from tap to tap, in taps and in output positions.
+
+    Position h is read by tap r of output p where p * stride = h + padding - r * dilation.
+    """
+    common = gcd(stride, dilation)
+    residues = []
+    for first in range(min(stride, size)):
+        taps = [r for r in range(kernel) if (first + padding - r * dilation) % stride == 0]
+        origin = (first + padding - taps[0] * dilation) // stride if taps else 0
+        count = -(-(size - first) // stride)
+        residues.append(_Residue(first, count, taps[0] if taps else 0, len(taps), origin))
+    return residues, stride // common, -(dilation // common)
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def _grad_input_plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Plan:
+    batch, channels, height, width = geometry.input_shape
+    columns, sources = channels // geometry.groups, geometry.out_channels // geometry.groups
+    depth = SLAB_BYTES // itemsize
+    padded = -(-sources // depth) * depth
+    kernel_width = geometry.kernel_width
+    (step_down, step_across), (dilation_down, dilation_across) = geometry.stride, geometry.dilation
+    (top, _), (left, _) = geometry.padding
+    down, tap_y, step_y = _residues(height, geometry.kernel_height, step_down, top, dilation_down)
+    across, tap_x, step_x = _residues(width, kernel_width, step_across, left, dilation_across)
+    tile = _choose_tile(batch * height * width, columns, geometry.groups, limits)
+    record = np.zeros((), _GRADIENT)
+    problem = record["problem"]
+    _fill(
+        problem,
+        height=geometry.out_height,
+        width=geometry.out_width,
+        pixel=geometry.out_channels,
+        channels=sources,
+        padded_channels=padded,
+        scale=(1, 1),
+        step=(step_y, step_x),
+        target_plane=height * width * channels,
+        target_line=step_down * width * channels,
+        target_pixel=step_across * channels,
+        target_channels=channels,
+        columns=columns,
+        column_blocks=-(-columns // tile.columns),
+        weight_line=geometry.kernel_height * kernel_width * columns,
+        weight_step_y=tap_y * kernel_width * columns,
+        weight_step_x=tap_x * columns,
+    )
+    # the deepest first: shallow ones fill the gaps at the end
+    parts = sorted(((y, x) for y in down for x in across), key=lambda p: -p[0].taps * p[1].taps)
+    row_blocks = 0
+    for number, (y, x) in enumerate(parts):
+        part = record["part"][number]
+        _fill_part(part, (batch, y.count, x.count))
+        _fill_taps(part, (y.taps, x.taps), padded, itemsize)
+        _fill(
+            part,
+            first_block=row_blocks,
+            origin=(y.origin, x.origin),
+            first_tap=(y.first_tap * kernel_width + x.first_tap) * columns,
+            first_target=(y.first * width + x.first) * channels,
+        )
+        row_blocks += -(-int(part["pixels"]) // tile.rows)
+    record["parts"] = len(parts)
+    grid = (row_blocks * int(problem["column_blocks"]), geometry.groups)
+    return _Plan(tile, grid, row_blocks, record)
+
+
+def _fill(record: Any, **fields: int | Pair) -> None:
+    """Set fields of a record; a pair "name" is name_y and name_x."""
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            record[f"{name}_y"], record[f"{name}_x"] = value
+        else:
+            record[name] = value
+
+
+def _fill_part(part: Any, shape: tuple[int, int, int]) -> None:
+    """Set what a part's pixels, of this batch, height and width, are counted by."""
+    batch, height, width = shape
+    _fill(part, pixels=batch * height * width)
+    part["plane"], part["line"] = _divisor(height * width), _divisor(width)
+
+
+def _fill_taps(part: Any, taps: Pair, channels: int, itemsize: int) -> None:
+    """Set taps, and how far a slab moves on through (line of taps, tap of a line, channel)."""
+    depth = SLAB_BYTES // itemsize
+    lines, of_a_line = taps
+    moved, moved_channels = divmod(depth, channels)
+    moved_lines, moved_taps = divmod(moved, max(of_a_line, 1))
+    _fill(
+        part,
+        taps=taps,
+        advance=(moved_lines, moved_taps),
+        advance_channels=moved_channels,
+        slabs=-(-lines * of_a_line * channels // depth),
+    )
+
+
+def _divisor(divisor: int) -> tuple[int, int, int]:
+    """Give (divisor, multiplier, shift): n // divisor == n * multiplier >> shift, n < 2 ** 31."""
+    shift = 31 + (divisor - 1).bit_length()
+    return divisor, -(-(1 << shift) // divisor), shift

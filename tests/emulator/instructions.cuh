@@ -40,7 +40,9 @@ DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const void* row,
     emulator::load_matrices(fragment, row, true, site);
 }
 
-DEVICE uint32_t round_to_tf32(uint32_t bits) { return bits + 0x1000u; }
+DEVICE uint32_t round_to_tf32(uint32_t bits) {
+    return fabsf(__uint_as_float(bits)) < __uint_as_float(0x7f800000u) ? bits + 0x1000u : bits;
+}
 
 DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                           EmulatorSite site = EmulatorSite::here()) {

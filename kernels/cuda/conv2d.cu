@@ -1,0 +1,490 @@
+// 2-D convolution, and its gradient by the input, as matrix products over pixels and channels: no columns are
+// built, the loader of operand a gathers them from the image (an implicit matrix product).
+//
+// Both passes are one form. A target pixel (i, j) sums, over taps (a, b) and source channels,
+//     weight(tap, channel, column) * source(i * scale_y + origin_y + a * tap_y, j * scale_x + origin_x + b * tap_x)
+// where positions outside of the source count as 0.
+//   Forward: source x, target out, scale = stride, origin = -padding, tap step = dilation.
+//   Gradient by input: source grad, target grad by x. A pixel h of x is read by the tap r of window p where
+//     p * stride = h + padding - r * dilation. The pixels of one residue of h + padding modulo stride are read by
+//     the same taps, every dilation / gcd(dilation, stride)-th window: each residue class is a part of its own.
+// Arrays are channels-last: pixels (N, H, W, channels), weights (K, R, S, C / groups).
+#include <tile.cuh>
+
+// Division of 0 <= n < 2^31 by a divisor known at launch: n / divisor == n * multiplier >> shift.
+struct Divisor {
+    int divisor;
+    uint32_t multiplier;
+    int shift;
+};
+
+DEVICE int divide(int n, const Divisor& by) { return int((uint64_t(uint32_t(n)) * by.multiplier) >> by.shift); }
+
+// Target pixels that are read by the same taps. Offsets and steps are in elements.
+struct Part {
+    int first_block;  // of ROWS pixels
+    int pixels;
+    Divisor plane, line;  // pixels of an image, of a line
+    int taps_y, taps_x;
+    int origin_y, origin_x;
+    int advance_y, advance_x, advance_channels;  // a slab's depth in taps and channels
+    int slabs;
+    int first_tap;  // of the weight
+    int first_target;
+};
+
+struct Problem {
+    int height, width;   // of the source
+    int pixel;           // channels of the source: from one pixel to the next
+    int channels;        // that a group reads
+    int padded_channels; // depth from one tap to the next
+    int scale_y, scale_x;
+    int step_y, step_x;  // from tap to tap, in source pixels
+    int target_plane, target_line, target_pixel;  // from one target pixel of a part to the next
+    int target_channels;
+    int columns;  // channels of the target that a group computes
+    int column_blocks;
+    int weight_depth;                  // forward: elements of a column's weights
+    int weight_line;                   // gradient: from one source channel to the next
+    int weight_step_y, weight_step_x;  // gradient: from tap to tap
+};
+
+constexpr int MAXIMUM_PARTS = 16;
+
+struct ForwardProblem {
+    Problem problem;
+    Part part;
+};
+
+struct GradientProblem {
+    Problem problem;
+    int parts;
+    Part part[MAXIMUM_PARTS];
+};
+
+// ---- rows of the tile: pixels ------------------------------------------------------------------------------
+
+// Of a target pixel: the source element at its first tap, the taps that fall inside of the source (bit a: lines,
+// bit 16 + b: columns), and the target element, -1 past the last pixel.
+struct Row {
+    int source;
+    uint32_t taps;
+    int target;
+};
+
+constexpr int MAXIMUM_TAPS = 15;  // along an axis: bit 15 says that a tap does not exist
+
+DEVICE uint32_t taps_inside(int position, int step, int taps, int size) {
+    uint32_t inside = 0;
+    for (int tap = 0; tap < taps; ++tap, position += step) inside |= uint32_t(uint32_t(position) < uint32_t(size)) << tap;
+    return inside;
+}
+
+DEVICE Row make_row(const Problem& problem, const Part& part, int pixel) {
+    if (pixel >= part.pixels) return {0, 0, -1};
+    const int image = divide(pixel, part.plane);
+    const int rest = pixel - image * part.plane.divisor;
+    const int i = divide(rest, part.line);
+    const int j = rest - i * part.line.divisor;
+    const int y = i * problem.scale_y + part.origin_y;
+    const int x = j * problem.scale_x + part.origin_x;
+    Row row;
+    row.source = ((image * problem.height + y) * problem.width + x) * problem.pixel;
+    row.taps = taps_inside(y, problem.step_y, part.taps_y, problem.height) |
+               taps_inside(x, problem.step_x, part.taps_x, problem.width) << 16;
+    row.target = part.first_target + image * problem.target_plane + i * problem.target_line + j * problem.target_pixel;
+    return row;
+}
+
+// Fill the table of the block's rows.
+template <typename Tile>
+DEVICE void make_rows(Row* rows, const Problem& problem, const Part& part, int block) {
+    for (int row = threadIdx.x; row < Tile::ROWS; row += Tile::THREADS) {
+        rows[row] = make_row(problem, part, block * Tile::ROWS + row);
+    }
+    __syncthreads();
+}
+
+// ---- loaders ----------------------------------------------------------------------------------------------
+
+// Operand a: for each row, all taps of its pixel, of each tap padded_channels channels.
+template <typename Slab>
+struct PixelLoader {
+    typedef typename Slab::T T;
+    const T* source;
+    int offsets[Slab::COUNT];
+    uint32_t taps[Slab::COUNT];
+    int a = 0, b = 0, channel;  // where this thread's chunk of the next slab starts
+    const Problem& problem;
+    const Part& part;
+
+    DEVICE PixelLoader(const T* source, const Row* rows, const Problem& problem, const Part& part)
+        : source(source), problem(problem), part(part) {
+#pragma unroll
+        for (int i = 0; i < Slab::COUNT; ++i) {
+            offsets[i] = rows[Slab::row(i)].source;
+            taps[i] = rows[Slab::row(i)].taps;
+        }
+        channel = Slab::chunk() * CHUNK<T>;
+        while (channel >= problem.padded_channels) {
+            channel -= problem.padded_channels;
+            if (++b == part.taps_x) {
+                b = 0;
+                ++a;
+            }
+        }
+    }
+
+    DEVICE void copy(unsigned char* slab) {
+        const int line = channel < problem.channels && a < MAXIMUM_TAPS ? a : MAXIMUM_TAPS;
+        const uint32_t needed = 1u << line | 0x10000u << b;
+        const T* const tap =
+            source + ((a * problem.step_y * problem.width + b * problem.step_x) * problem.pixel + channel);
+#pragma unroll
+        for (int i = 0; i < Slab::COUNT; ++i) {
+            copy_async<CHUNK_BYTES>(Slab::destination(slab, i), tap + offsets[i], (taps[i] & needed) == needed);
+        }
+        channel += part.advance_channels;
+        b += part.advance_x;
+        if (channel >= problem.padded_channels) {
+            channel -= problem.padded_channels;
+            ++b;
+        }
+        a += part.advance_y;
+        if (b >= part.taps_x) {
+            b -= part.taps_x;
+            ++a;
+        }
+    }
+};
+
+// Operand b of the gradient: the weights of one tap after the other, by source channel and column, as they lie.
+template <typename Slab>
+struct TapLoader {
+    typedef typename Slab::T T;
+    MatrixLoader<Slab> matrix;  // of one tap
+    const T* tap;
+    int b = 0, slabs_left;
+    const Problem& problem;
+    const Part& part;
+
+    DEVICE TapLoader(const T* weight, int first_column, const Problem& problem, const Part& part)
+        : matrix(weight, first_column, problem.columns, problem.weight_line, problem.channels),
+          tap(matrix.address), slabs_left(problem.padded_channels / SLAB_DEPTH<T>), problem(problem), part(part) {}
+
+    DEVICE void copy(unsigned char* slab) {
+        matrix.copy(slab);
+        if (--slabs_left > 0) return;
+        slabs_left = problem.padded_channels / SLAB_DEPTH<T>;
+        tap += problem.weight_step_x;
+        if (++b == part.taps_x) {
+            b = 0;
+            tap += problem.weight_step_y - part.taps_x * problem.weight_step_x;
+        }
+        matrix.address = tap;
+        matrix.depth_left = problem.channels - Slab::depth(0);
+    }
+};
+
+// ---- what happens to the sums -----------------------------------------------------------------------------
+
+// Store a run of neighbouring columns, in chunks of 16 bytes; columns past the last chunk are left out.
+template <typename T>
+DEVICE void store_run(T* target, const float (&values)[8], int columns_left) {
+#pragma unroll
+    for (int chunk = 0; chunk < 8 / CHUNK<T>; ++chunk) {
+        Pack<T, CHUNK<T>> pack;
+#pragma unroll
+        for (int v = 0; v < CHUNK<T>; ++v) pack.values[v] = from_float<T>(values[chunk * CHUNK<T> + v]);
+        if (chunk * CHUNK<T> < columns_left) {
+            *reinterpret_cast<Pack<T, CHUNK<T>>*>(target + chunk * CHUNK<T>) = pack;
+        }
+    }
+}
+
+template <typename T>
+DEVICE void add_run(float (&values)[8], const T* source, int columns_left) {
+#pragma unroll
+    for (int chunk = 0; chunk < 8 / CHUNK<T>; ++chunk) {
+        if (chunk * CHUNK<T> < columns_left) {
+            const auto pack = *reinterpret_cast<const Pack<T, CHUNK<T>>*>(source + chunk * CHUNK<T>);
+#pragma unroll
+            for (int v = 0; v < CHUNK<T>; ++v) values[chunk * CHUNK<T> + v] += to_float(pack.values[v]);
+        }
+    }
+}
+
+// Comparisons with NaN are false: it stays.
+DEVICE float relu_of(float value) { return value < 0 ? 0 : value; }
+
+template <typename T>
+DEVICE float read_bias(const void* bias, bool is_float, int channel) {
+    return is_float ? static_cast<const float*>(bias)[channel] : to_float(static_cast<const T*>(bias)[channel]);
+}
+
+// Sum values over the 8 lanes that share lane % 4; lane 4g + t gets the sum of values[g].
+DEVICE float sum_over_rows(const float (&values)[8]) {
+    const int lane = threadIdx.x % 32;
+    float four[4], two[2];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+        const bool upper = lane & 16;
+        const float received = __shfl_xor_sync(0xffffffffu, upper ? values[v] : values[v + 4], 16);
+        four[v] = (upper ? values[v + 4] : values[v]) + received;
+    }
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+        const bool upper = lane & 8;
+        const float received = __shfl_xor_sync(0xffffffffu, upper ? four[v] : four[v + 2], 8);
+        two[v] = (upper ? four[v + 2] : four[v]) + received;
+    }
+    const bool upper = lane & 4;
+    return (upper ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, upper ? two[0] : two[1], 4);
+}
+
+struct Moments {
+    float mean, deviations;  // deviations: the sum of the squared ones
+};
+
+// How many of the tile's first `rows` rows the warps of one row of warps compute.
+template <typename Tile>
+DEVICE int rows_of_warp(int rows, int warp_down) {
+    constexpr int WARP_ROWS = Tile::ROWS / Tile::WARPS_DOWN;
+    return min(max(rows - warp_down * WARP_ROWS, 0), WARP_ROWS);
+}
+
+// Mean and deviations of each column of the tile's first `rows` rows, by way of those of each warp's rows:
+// deviations are taken from a mean, so nothing cancels. Thread t < COLUMNS returns those of column t.
+template <typename Tile>
+DEVICE Moments column_moments(const Tile& tile, Moments* shared, int rows) {
+    const int lane = threadIdx.x % 32;
+    const int warp_down = threadIdx.x / 32 / Tile::WARPS_ACROSS;
+    const float reciprocal = 1.0f / max(rows_of_warp<Tile>(rows, warp_down), 1);
+#pragma unroll
+    for (int block = 0; block < Tile::BLOCKS; ++block) {
+        float totals[8] = {}, squares[8] = {}, means[8];
+        tile.for_each_run(block, [&](int row, const float(&values)[8]) {
+            const bool valid = row < rows;
+#pragma unroll
+            for (int v = 0; v < 8; ++v) totals[v] += valid ? values[v] : 0.0f;
+        });
+        const float mean = sum_over_rows(totals) * reciprocal;
+#pragma unroll
+        for (int v = 0; v < 8; ++v) means[v] = __shfl_sync(0xffffffffu, mean, v * 4 + lane % 4);
+        tile.for_each_run(block, [&](int row, const float(&values)[8]) {
+            const bool valid = row < rows;
+#pragma unroll
+            for (int v = 0; v < 8; ++v) {
+                const float deviation = valid ? values[v] - means[v] : 0.0f;
+                squares[v] = fmaf(deviation, deviation, squares[v]);
+            }
+        });
+        const float deviations = sum_over_rows(squares);
+        shared[warp_down * Tile::COLUMNS + Tile::column_of(block) + lane / 4] = {mean, deviations};
+    }
+    __syncthreads();
+    Moments merged = {0, 0};
+    if (threadIdx.x >= Tile::COLUMNS) return merged;
+    for (int warp = 0; warp < Tile::WARPS_DOWN; ++warp) {
+        merged.mean += rows_of_warp<Tile>(rows, warp) * shared[warp * Tile::COLUMNS + threadIdx.x].mean;
+    }
+    merged.mean /= min(rows, Tile::ROWS);
+    for (int warp = 0; warp < Tile::WARPS_DOWN; ++warp) {
+        const Moments own = shared[warp * Tile::COLUMNS + threadIdx.x];
+        const float difference = own.mean - merged.mean;
+        merged.deviations += own.deviations + rows_of_warp<Tile>(rows, warp) * difference * difference;
+    }
+    return merged;
+}
+
+// ---- kernels ----------------------------------------------------------------------------------------------
+
+// Where a block works: column blocks follow one another, so that those of the same pixels run together.
+template <typename Tile>
+struct Place {
+    int row_block, first_column, group;
+
+    DEVICE explicit Place(const Problem& problem)
+        : row_block(blockIdx.x / problem.column_blocks),
+          first_column(blockIdx.x % problem.column_blocks * Tile::COLUMNS), group(blockIdx.y) {}
+};
+
+// out (N, P, Q, K) = x (N, H, W, C) * weight (K, R, S, C / groups) + bias (K) + residual (N, P, Q, K), the last
+// two null or given, bias as float32 or in T. relu: negative results become 0.
+// MOMENTS: each block writes mean and deviations of its pixels, by channel, to partials (row blocks, 2, K), of
+// the sums before bias, residual, relu and rounding to T.
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, bool MOMENTS>
+__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
+conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void* __restrict__ bias,
+               long long bias_is_float, const T* __restrict__ residual, long long relu, T* __restrict__ out,
+               float* __restrict__ partials, const __grid_constant__ ForwardProblem given) {
+    typedef Tile<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE, Layout::DEPTHWISE> ConvTile;
+    const Problem& problem = given.problem;
+    const Part& part = given.part;
+    unsigned char* const shared = dynamic_shared_memory<unsigned char>();
+    Row* const rows = reinterpret_cast<Row*>(shared + ConvTile::SHARED_BYTES);
+    const Place<ConvTile> place(problem);
+    make_rows<ConvTile>(rows, problem, part, place.row_block);
+
+    const int first_channel = place.group * problem.columns;  // of the group
+    PixelLoader<typename ConvTile::SlabA> pixels(x + place.group * problem.channels, rows, problem, part);
+    MatrixLoader<typename ConvTile::SlabB> weights(weight + (long long)first_channel * problem.weight_depth,
+                                                   place.first_column, problem.columns, problem.weight_depth,
+                                                   problem.weight_depth);
+    ConvTile tile;
+    tile.compute(shared, pixels, weights, part.slabs);
+
+#pragma unroll
+    for (int block = 0; block < ConvTile::BLOCKS; ++block) {
+        const int column = place.first_column + ConvTile::column_of(block);
+        const int columns_left = problem.columns - column;
+        float shift[8];
+#pragma unroll
+        for (int v = 0; v < 8; ++v) {
+            const bool given = bias && v < columns_left;
+            shift[v] = given ? read_bias<T>(bias, bias_is_float, first_channel + column + v) : 0.0f;
+        }
+        tile.for_each_run(block, [&](int row, float(&values)[8]) {
+            const int pixel = rows[row].target;
+            if (pixel < 0) return;
+            const int target = pixel + first_channel + column;
+#pragma unroll
+            for (int v = 0; v < 8; ++v) values[v] += shift[v];
+            if (residual) add_run(values, residual + target, columns_left);
+#pragma unroll
+            for (int v = 0; v < 8; ++v) values[v] = relu ? relu_of(values[v]) : values[v];
+            store_run(out + target, values, columns_left);
+        });
+    }
+    if constexpr (MOMENTS) {
+        __syncthreads();  // other warps have read their last slab
+        const int pixels_left = part.pixels - place.row_block * ROWS;
+        const Moments moments = column_moments(tile, reinterpret_cast<Moments*>(shared), pixels_left);
+        const int column = place.first_column + threadIdx.x;
+        if (threadIdx.x < COLUMNS && column < problem.columns) {
+            const int channel = first_channel + column;
+            float* const target = partials + (long long)place.row_block * 2 * problem.target_channels + channel;
+            target[0] = moments.mean;
+            target[problem.target_channels] = moments.deviations;
+        }
+    }
+}
+
+// The gradient of the above by x, (N, H, W, C), for grad (N, P, Q, K).
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES>
+__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
+conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* __restrict__ out,
+                  const __grid_constant__ GradientProblem given) {
+    typedef Tile<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE, Layout::CROSSWISE> ConvTile;
+    const Problem& problem = given.problem;
+    unsigned char* const shared = dynamic_shared_memory<unsigned char>();
+    Row* const rows = reinterpret_cast<Row*>(shared + ConvTile::SHARED_BYTES);
+    const Place<ConvTile> place(problem);
+    int number = 0;
+    while (number + 1 < given.parts && place.row_block >= given.part[number + 1].first_block) ++number;
+    const Part& part = given.part[number];
+    make_rows<ConvTile>(rows, problem, part, place.row_block - part.first_block);
+
+    PixelLoader<typename ConvTile::SlabA> pixels(grad + place.group * problem.channels, rows, problem, part);
+    TapLoader<typename ConvTile::SlabB> weights(
+        weight + (long long)place.group * problem.channels * problem.weight_line + part.first_tap,
+        place.first_column, problem, part);
+    ConvTile tile;
+    tile.compute(shared, pixels, weights, part.slabs);
+
+#pragma unroll
+    for (int block = 0; block < ConvTile::BLOCKS; ++block) {
+        const int column = place.first_column + ConvTile::column_of(block);
+        tile.for_each_run(block, [&](int row, float(&values)[8]) {
+            const int pixel = rows[row].target;
+            if (pixel < 0) return;
+            store_run(out + (pixel + place.group * problem.columns + column), values, problem.columns - column);
+        });
+    }
+}
+
+// ---- moments of blocks to moments of all -------------------------------------------------------------------
+
+// Weighted sums of many moments: in float64, where sum(square) - sum^2 / count loses nothing that float32 had.
+struct Sums {
+    double sum, square;
+};
+
+constexpr int MERGE_CHANNELS = 32, MERGE_ROWS = 16;  // threads of a block
+
+// Add up all rows' sums of a column of threads, in their order.
+DEVICE Sums sum_of_column(Sums own) {
+    __shared__ Sums shared[MERGE_ROWS][MERGE_CHANNELS];
+    shared[threadIdx.y][threadIdx.x] = own;
+    __syncthreads();
+    Sums total = {0, 0};
+    if (threadIdx.y == 0) {
+        for (int row = 0; row < MERGE_ROWS; ++row) {
+            total.sum += shared[row][threadIdx.x].sum;
+            total.square += shared[row][threadIdx.x].square;
+        }
+    }
+    return total;
+}
+
+// The sums of this thread's share of the blocks first <= block < last, of rows_per_block rows each but the last.
+DEVICE Sums sum_of_blocks(const float* partials, int channel, int channels, int first, int last, int rows_per_block,
+                          long long rows) {
+    Sums sums = {0, 0};
+    for (int block = first + threadIdx.y; block < last; block += MERGE_ROWS) {
+        const long long left = rows - (long long)block * rows_per_block;
+        const double count = left < rows_per_block ? double(left) : double(rows_per_block);
+        const double mean = partials[((long long)block * 2) * channels + channel];
+        sums.sum += count * mean;
+        sums.square += partials[((long long)block * 2 + 1) * channels + channel] + count * mean * mean;
+    }
+    return sums;
+}
+
+DEVICE void finish(Sums sums, long long rows, double* mean, double* variance) {
+    const double center = sums.sum / rows;
+    *mean = center;
+    *variance = fmax(sums.square / rows - center * center, 0.0);
+}
+
+// partials (blocks, 2, channels) to moments (2, channels). Grid: (channels / MERGE_CHANNELS).
+__global__ void __launch_bounds__(MERGE_CHANNELS* MERGE_ROWS)
+merge_moments(const float* __restrict__ partials, double* __restrict__ moments, long long channels,
+              long long blocks, long long rows_per_block, long long rows) {
+    const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
+    Sums sums = {0, 0};
+    if (channel < channels) sums = sum_of_blocks(partials, channel, channels, 0, blocks, rows_per_block, rows);
+    sums = sum_of_column(sums);
+    if (threadIdx.y == 0 && channel < channels) finish(sums, rows, moments + channel, moments + channels + channel);
+}
+
+// The same in two steps, for many blocks: first slices of blocks_per_slice blocks to slices (slices, channels).
+// Grid: (channels / MERGE_CHANNELS, slices).
+__global__ void __launch_bounds__(MERGE_CHANNELS* MERGE_ROWS)
+sum_moments(const float* __restrict__ partials, double* __restrict__ slices, long long channels, long long blocks,
+            long long blocks_per_slice, long long rows_per_block, long long rows) {
+    const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
+    const int first = int(blockIdx.y * blocks_per_slice);
+    const int last = int(min(first + blocks_per_slice, blocks));
+    Sums sums = {0, 0};
+    if (channel < channels) sums = sum_of_blocks(partials, channel, channels, first, last, rows_per_block, rows);
+    sums = sum_of_column(sums);
+    if (threadIdx.y == 0 && channel < channels) {
+        slices[((long long)blockIdx.y * 2) * channels + channel] = sums.sum;
+        slices[((long long)blockIdx.y * 2 + 1) * channels + channel] = sums.square;
+    }
+}
+
+// Then slices (slices, 2, channels) to moments (2, channels). Grid: (channels / MERGE_CHANNELS).
+__global__ void __launch_bounds__(MERGE_CHANNELS* MERGE_ROWS)
+merge_slices(const double* __restrict__ slices, double* __restrict__ moments, long long channels,
+             long long count, long long rows) {
+    const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
+    Sums sums = {0, 0};
+    for (int slice = threadIdx.y; channel < channels && slice < count; slice += MERGE_ROWS) {
+        sums.sum += slices[((long long)slice * 2) * channels + channel];
+        sums.square += slices[((long long)slice * 2 + 1) * channels + channel];
+    }
+    sums = sum_of_column(sums);
+    if (threadIdx.y == 0 && channel < channels) finish(sums, rows, moments + channel, moments + channels + channel);
+}

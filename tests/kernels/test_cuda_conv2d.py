@@ -1,0 +1,313 @@
+"""Convolution on tensor cores: forward and gradient by the input, against sums in float64."""
+
+import numpy as np
+import pytest
+
+from gradengine.kernels import pack_conv2d, settings
+from gradengine.kernels.cuda import conv2d, launch
+from gradengine.kernels.cuda.conv2d import TILES
+from gradengine.kernels.geometry import conv2d_geometry
+from tests.emulator.emulator import Schedule
+from tests.kernels.memory import laid_out
+from tests.kernels.tap_sums import convolution_passes
+
+BFLOAT16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+
+# Rounding of the result, relative to its norm; sums are float32.
+TOLERANCES = {np.dtype(np.float32): 2e-6, np.dtype(np.float16): 5e-4, BFLOAT16: 4e-3}
+
+# x shape, weight shape, stride, padding, dilation, groups
+CASES = {
+    "square": ((2, 64, 7, 6), (72, 64, 3, 3), 1, 1, 1, 1),
+    "pointwise": ((2, 40, 5, 4), (16, 40, 1, 1), 1, 0, 1, 1),
+    "pointwise_stride": ((2, 64, 7, 8), (128, 64, 1, 1), 2, 0, 1, 1),
+    "stride": ((2, 32, 9, 8), (136, 32, 3, 3), 2, 1, 1, 1),
+    "stride_skips_pixels": ((1, 8, 8, 7), (8, 8, 2, 1), 3, 0, 1, 1),
+    "stride_larger_than_input": ((2, 8, 2, 3), (8, 8, 1, 2), 4, 1, 1, 1),
+    "stride_and_dilation": ((1, 16, 14, 13), (8, 16, 3, 2), (4, 3), (2, 1), (6, 2), 1),
+    "dilation": ((2, 16, 9, 9), (24, 16, 3, 3), 1, 2, 2, 1),
+    "one_sided_padding": ((2, 8, 6, 5), (16, 8, 4, 2), 1, "same", 1, 1),
+    "groups": ((2, 64, 5, 4), (48, 32, 3, 3), 1, 1, 1, 2),
+    "wide_kernel": ((1, 8, 3, 16), (8, 8, 2, 15), 1, (1, 14), 1, 1),
+    "only_padding": ((1, 8, 1, 1), (8, 8, 2, 2), 3, 4, 1, 1),
+}
+
+# Channels of x that fill no chunks: filled up with zeros, by pairs of pixels where that is possible.
+FILLED_CASES = {
+    "stem": ((2, 3, 18, 20), (64, 3, 7, 7), 2, 3, 1, 1),
+    "stem_even_padding": ((1, 3, 9, 12), (8, 3, 4, 4), 2, 2, 1, 1),
+    "stem_odd_width": ((1, 3, 12, 13), (8, 3, 7, 7), 2, 3, 1, 1),
+    "stem_stride_1": ((1, 3, 6, 8), (16, 3, 3, 3), 1, 1, 1, 1),
+    "gray": ((1, 1, 8, 12), (8, 1, 5, 5), 4, 2, 1, 1),
+    "ragged_channels": ((2, 21, 5, 4), (16, 21, 3, 3), 1, 1, 1, 1),
+}
+
+
+def representable(array):
+    """Round float32 to what tensor cores multiply, TensorFloat-32."""
+    if array.dtype != np.float32:
+        return array
+    return ((array.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def drawn(case, rng, dtype=DTYPES[0]):
+    """Give a case's geometry, x, weight and grad."""
+    x_shape, weight_shape, *attributes = case
+    geometry = conv2d_geometry(x_shape, weight_shape, *attributes)
+    shapes = (geometry.input_shape, geometry.weight_shape, geometry.output_shape)
+    return geometry, *(representable(rng.standard_normal(shape).astype(dtype)) for shape in shapes)
+
+
+def check(got, expected, dtype):
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    assert got.transpose(0, 2, 3, 1).flags.c_contiguous
+    error = np.linalg.norm(got.astype(np.float64) - expected)
+    assert error <= TOLERANCES[dtype] * np.linalg.norm(expected)  # false for NaN
+
+
+def check_forward(geometry, x, weight, bias=None):
+    """Check a convolution with moments; give it back with its exact value."""
+    expected = convolution_passes(x, weight, np.zeros(geometry.output_shape), geometry)[0]
+    if bias is not None:
+        expected += bias[:, None, None].astype(np.float64)
+    out, mean, variance = conv2d.conv2d_moments(x, weight, bias, geometry)
+    check(out, expected, x.dtype)
+    assert mean.dtype == variance.dtype == np.float64
+    deviation = expected.std(axis=(0, 2, 3))
+    center = expected.mean(axis=(0, 2, 3))
+    assert (abs(mean - center) <= 3e-6 * (1 + deviation) + 1e-7 * abs(center)).all()
+    assert (abs(variance - deviation**2) <= 3e-6 * deviation**2).all()
+    return out, expected
+
+
+def used_kernels(emulator):
+    return {name.partition("<")[0] for _, name in emulator.loaded}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FILLED_CASES])
+def test_forward_and_moments(case, dtype, emulated_cuda, rng):
+    geometry, x, weight, _ = drawn((CASES | FILLED_CASES)[case], rng, dtype)
+    out, _ = check_forward(geometry, x, weight)
+    assert used_kernels(emulated_cuda) >= {"conv2d_forward", "merge_moments"}
+    np.testing.assert_array_equal(conv2d.conv2d(x, weight, None, geometry), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_by_input(case, dtype, emulated_cuda, rng):
+    geometry, x, weight, grad = drawn(CASES[case], rng, dtype)
+    _, expected, _ = convolution_passes(x, weight, grad, geometry)
+    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
+    assert used_kernels(emulated_cuda) == {"conv2d_grad_input"}
+
+
+def set_tile(monkeypatch, tile):
+    for plan in (conv2d._forward_plan, conv2d._grad_input_plan):
+        monkeypatch.setattr(conv2d, plan.__name__, plan.__wrapped__)  # not from the cache
+    monkeypatch.setattr(conv2d, "_choose_tile", lambda *_: tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
+def test_each_tile(tile, dtype, emulated_cuda, rng, monkeypatch):
+    set_tile(monkeypatch, tile)
+    # more rows and columns than a tile, and ends within one
+    geometry, x, weight, grad = drawn(((3, 24, 8, 9), (144, 24, 3, 3), 1, 1, 1, 1), rng, dtype)
+    emulated_cuda.statistics()
+    check_forward(geometry, x, weight)
+    _, expected, _ = convolution_passes(x, weight, grad, geometry)
+    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
+    geometry, x, weight, grad = drawn(((2, 144, 5, 5), (16, 144, 3, 3), 2, 1, 1, 1), rng, dtype)
+    _, expected, _ = convolution_passes(x, weight, grad, geometry)
+    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
+    used = {name for _, name in emulated_cuda.loaded if name.startswith("conv2d")}
+    assert len(used) == 2
+    assert all(f"{tile.rows}, {tile.columns}" in name for name in used)
+    assert emulated_cuda.statistics()["bank_conflicts"] == 0
+
+
+SCHEDULES = [
+    Schedule(order, lazy_copies=lazy)
+    for order in ("forward", "reverse", "random")
+    for lazy in (True, False)
+]
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], BFLOAT16], ids=str)
+@pytest.mark.parametrize("case", ["square", "stride"])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
+def test_every_schedule_gives_the_same_bits(case, dtype, tile, emulated_cuda, rng, monkeypatch):
+    set_tile(monkeypatch, tile)
+    geometry, x, weight, grad = drawn(CASES[case], rng, dtype)
+    results = []
+    for schedule in SCHEDULES:
+        with emulated_cuda.scheduled(schedule):
+            by_x = conv2d.conv2d_grad_input(grad, weight, geometry)
+            results.append((*conv2d.conv2d_moments(x, weight, None, geometry), by_x))
+    for result in results[1:]:
+        for got, first in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(got, first)
+
+
+@pytest.mark.parametrize("memory", ["nchw", "nhwc", "strided", "read_only", "unaligned"])
+@pytest.mark.parametrize("case", ["square", "ragged_channels"])
+def test_any_memory(case, memory, emulated_cuda, rng):
+    geometry, *arrays = drawn((CASES | FILLED_CASES)[case], rng)
+    expected = convolution_passes(*arrays, geometry)
+    x, weight, grad = (
+        unaligned(a) if memory == "unaligned" else laid_out(a, memory) for a in arrays
+    )
+    check(conv2d.conv2d(x, weight, None, geometry), expected[0], x.dtype)
+    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected[1], x.dtype)
+
+
+def unaligned(array):
+    n, c, h, w = array.shape
+    moved = np.empty(array.size + 1, array.dtype)[1:].reshape(n, h, w, c).transpose(0, 3, 1, 2)
+    moved[...] = array
+    return moved
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], BFLOAT16], ids=str)
+@pytest.mark.parametrize("case", ["square", "groups"])
+@pytest.mark.parametrize(
+    ("bias_dtype", "has_residual", "relu"),
+    [(None, True, False), (np.float32, False, True), ("same", True, True)],
+)
+def test_epilogue(case, dtype, bias_dtype, has_residual, relu, emulated_cuda, rng):
+    geometry, x, weight, _ = drawn(CASES[case], rng, dtype)
+    _, expected = check_forward(geometry, x, weight)
+    bias, residual = None, None
+    if bias_dtype is not None:
+        room = rng.standard_normal(2 * geometry.out_channels)
+        bias = room.astype(dtype if bias_dtype == "same" else bias_dtype)[::-2]
+        check_forward(geometry, x, weight, bias)
+        expected += bias[:, None, None].astype(np.float64)
+    if has_residual:
+        residual = rng.standard_normal(geometry.output_shape).astype(dtype)
+        expected += residual
+    expected = np.maximum(expected, 0) if relu else expected
+    out = conv2d.conv2d(x, weight, bias, geometry, residual=residual, relu=relu)
+    check(out, expected, dtype)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_a_number_and_infinity_pass(dtype, value, emulated_cuda, rng):
+    geometry, x, weight, grad = drawn(CASES["square"], rng, dtype)
+    x[0, 0, 0, 0] = grad[0, 0, 0, 0] = value
+    weight = abs(weight)
+    out = conv2d.conv2d(x, weight, None, geometry, relu=True)
+    by_x = conv2d.conv2d_grad_input(grad, weight, geometry)
+    assert_equal = np.testing.assert_array_equal
+    assert_equal(out[0, :, :2, :2].astype(np.float64), value)
+    assert_equal(by_x[0, :, :2, :2].astype(np.float64), value)
+    assert np.isfinite(out[1].astype(np.float64)).all()
+    assert (out[1] >= 0).all()
+
+
+def test_every_not_a_number_passes(emulated_cuda, rng):
+    geometry, x, weight, _ = drawn(CASES["pointwise"], rng)
+    # the one that the GPU's own arithmetic makes is all ones: rounding it up would overflow
+    x[0, 0] = np.uint32(0x7FFFFFFF).view(np.float32)
+    x[1, 0] = np.uint32(0xFFFFFFFF).view(np.float32)
+    assert np.isnan(conv2d.conv2d(x, weight, None, geometry)).all()
+
+
+@pytest.mark.parametrize("merged", [4, 512])
+def test_moments_of_many_blocks(merged, emulated_cuda, rng, monkeypatch):
+    monkeypatch.setattr(conv2d, "ONE_MERGE", merged)
+    monkeypatch.setattr(conv2d, "MERGED_BLOCKS", 5)
+    geometry, x, weight, _ = drawn(((1, 4, 40, 70), (40, 4, 1, 1), 1, 0, 1, 1), rng)
+    # far from 0 for its deviation: sums of squares would cancel
+    bias = np.full(40, 3000, np.float32)
+    check_forward(geometry, x, weight, bias)
+    assert ("sum_moments" in used_kernels(emulated_cuda)) == (merged == 4)
+
+
+def test_variance_does_not_cancel(emulated_cuda, rng):
+    geometry, x, weight, _ = drawn(((2, 4, 9, 8), (8, 4, 1, 1), 1, 0, 1, 1), rng)
+    x = representable(x * np.float32(0.01) + 8)
+    weight = abs(weight)
+    exact, *_ = convolution_passes(x, weight, np.zeros(geometry.output_shape), geometry)
+    _, mean, variance = conv2d.conv2d_moments(x, weight, None, geometry)
+    np.testing.assert_allclose(mean, exact.mean(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(variance, exact.var(axis=(0, 2, 3)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["square", "stem"])
+def test_packed_weights(case, emulated_cuda, rng):
+    geometry, x, weight, _ = drawn((CASES | FILLED_CASES)[case], rng)
+    packed = pack_conv2d(weight, geometry)
+    expected = conv2d.conv2d(x, weight, None, geometry)
+    weight[...] = 0  # the packed one is a copy
+    np.testing.assert_array_equal(conv2d.conv2d(x, packed, None, geometry), expected)
+    single = geometry._replace(batch=1)
+    np.testing.assert_array_equal(conv2d.conv2d(x[:1], packed, None, single), expected[:1])
+
+
+def test_slices_of_a_huge_batch(emulated_cuda, rng, monkeypatch):
+    geometry, x, weight, grad = drawn(((5, 8, 6, 5), (16, 8, 3, 3), 1, 1, 1, 1), rng)
+    residual = rng.standard_normal(geometry.output_shape).astype(np.float32)
+    whole = (
+        conv2d.conv2d(x, weight, None, geometry, residual=residual),
+        conv2d.conv2d_grad_input(grad, weight, geometry),
+    )
+    monkeypatch.setattr(conv2d, "MAXIMUM_ELEMENTS", 2100)  # two images
+    assert [part.stop for part in conv2d._image_slices(geometry)] == [2, 4, 5]
+    monkeypatch.setattr(conv2d, "_suits_tensor_cores", lambda *_: True)
+    out = conv2d.conv2d(x, weight, None, geometry, residual=residual)
+    np.testing.assert_array_equal(out, whole[0])
+    np.testing.assert_array_equal(conv2d.conv2d_grad_input(grad, weight, geometry), whole[1])
+    _, mean, _ = conv2d.conv2d_moments(x, weight, None, geometry)
+    np.testing.assert_allclose(mean, (whole[0] - residual).mean(axis=(0, 2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batch(dtype, emulated_cuda):
+    geometry = conv2d_geometry((0, 8, 5, 5), (16, 8, 3, 3))
+    x, grad = (np.ones(shape, dtype) for shape in (geometry.input_shape, geometry.output_shape))
+    weight = np.ones(geometry.weight_shape, dtype)
+    out, mean, variance = conv2d.conv2d_moments(x, weight, None, geometry)
+    assert out.shape == geometry.output_shape
+    np.testing.assert_array_equal([mean, variance], np.zeros((2, 16)))
+    assert conv2d.conv2d_grad_input(grad, weight, geometry).shape == geometry.input_shape
+    assert not emulated_cuda.loaded
+
+
+@pytest.mark.parametrize("why", ["float64", "exact", "old", "ragged_outputs", "depthwise", "taps"])
+def test_what_tensor_cores_do_not_suit(why, emulated_cuda, rng, monkeypatch):
+    dtype = np.dtype(np.float64 if why == "float64" else np.float32)
+    groups = 8 if why == "depthwise" else 1
+    outputs, width = (10 if why == "ragged_outputs" else 16), (16 if why == "taps" else 3)
+    shape = ((2, 8, 5, 18), (outputs, 8 // groups, 3, width), 2, 1, 1, groups)
+    geometry, x, weight, grad = drawn(shape, rng, dtype)
+    if why == "exact":
+        monkeypatch.setattr(settings.cuda, "conv_tf32", False)
+    if why == "old":
+        limits = launch.device_limits()._replace(architecture=75)
+        monkeypatch.setattr(emulated_cuda, "device_limits", limits)
+    monkeypatch.setitem(TOLERANCES, dtype, 2e-6)
+    check_forward(geometry, x, weight)
+    _, expected, _ = convolution_passes(x, weight, grad, geometry)
+    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
+    assert not any(source == conv2d.SOURCE for source, _ in emulated_cuda.loaded)
+
+
+def test_old_gpus_with_less_shared_memory_get_smaller_tiles():
+    limits = launch.Limits(architecture=86, multiprocessors=84, shared_bytes=99 << 10)
+    tile = conv2d._choose_tile(1 << 20, 512, 1, limits)
+    assert tile.shared_bytes <= limits.shared_bytes
+    assert conv2d._choose_tile(1 << 20, 64, 1, limits).columns == 64
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 12321, 2**20 + 1, 2**31 - 1])
+def test_division_by_multiplication(divisor):
+    _, multiplier, shift = conv2d._divisor(divisor)
+    assert multiplier < 2**32
+    for quotient in {1, (2**31 - 1) // divisor // 2, (2**31 - 1) // divisor} - {0}:
+        for n in (quotient * divisor - 1, quotient * divisor):
+            assert n * multiplier >> shift == n // divisor
