@@ -33,7 +33,7 @@ def clip_grad_norm_(
     xp = array_module(gradients[0].array)
     with on_device_of(gradients[0].array):
         # Not stacked: CuPy would copy a list of many addresses to the GPU
-        norms = xp.empty(len(gradients), gradients[0].dtype)
+        norms = xp.empty(len(gradients), np.result_type(*{g.dtype for g in gradients}))
         for number, gradient in enumerate(gradients):
             norms[number] = to_device(_norm(gradient.array, norm_type), place)
         norm = xp.linalg.norm(norms, norm_type)
@@ -45,7 +45,8 @@ def clip_grad_norm_(
     with on_device_of(gradients[0].array):
         scale = xp.minimum(max_norm / (norm + 1e-6), 1)
     for gradient in gradients:
-        with on_device_of(gradient.array), np.errstate(invalid="ignore"):  # an infinite norm: inf * 0
+        # An infinite norm makes inf * 0
+        with on_device_of(gradient.array), np.errstate(invalid="ignore"):
             gradient.array *= to_device(scale, gradient.device)
         gradient.written()
     return Tensor(norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from gradengine.devices import on_device_of
 from gradengine.grad_mode import no_grad
 from gradengine.ops import random
 from gradengine.tensor import Tensor
@@ -96,11 +97,12 @@ def trunc_normal_(
         )
     normal_(tensor, mean, std)
     values = tensor.array
-    outside = (values < a) | (values > b)
-    while outside.any():  # waits for the GPU
-        again = random.normal((int(outside.sum()),), tensor.dtype, tensor.device)
-        values[outside] = again * std + mean
+    with on_device_of(values):
         outside = (values < a) | (values > b)
+        while outside.any():  # waits for the GPU
+            again = random.normal((int(outside.sum()),), tensor.dtype, tensor.device)
+            values[outside] = again * std + mean
+            outside = (values < a) | (values > b)
     return tensor
 
 

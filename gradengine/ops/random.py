@@ -7,12 +7,14 @@ numbers on NumPy and on CuPy.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gradengine.devices import Device, device_of, to_device
 from gradengine.dtypes import is_bfloat16
+from gradengine.kernels.cuda import capture
 from gradengine.operation import array_of
 
 _lock = threading.Lock()  # NumPy's generators are not safe for several threads at once
@@ -64,39 +66,51 @@ def set_rng_state(state: Any) -> None:
 
 def uniform(shape: tuple[int, ...], dtype: Any, device: Device) -> Any:
     """Return an array of numbers drawn evenly from [0, 1)."""
-    with _lock:
+
+    def draw() -> np.ndarray:
         drawn = _stream().random(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
-    if dtype.itemsize == 2:  # rounding to the nearest could give 1
-        steps = 256 if is_bfloat16(dtype) else 2048
-        drawn = np.floor(drawn * np.float32(steps)) / np.float32(steps)
-    return to_device(np.asarray(drawn).astype(dtype, copy=False), device)
+        if dtype.itemsize == 2:  # rounding to the nearest could give 1
+            steps = 256 if is_bfloat16(dtype) else 2048
+            drawn = np.floor(drawn * np.float32(steps)) / np.float32(steps)
+        return drawn
+
+    return _on_device(draw, shape, dtype, device)
 
 
 def normal(shape: tuple[int, ...], dtype: Any, device: Device) -> Any:
     """Return an array of numbers drawn from the normal distribution of mean 0 and variance 1."""
-    with _lock:
-        drawn = _stream().standard_normal(
-            shape, dtype=np.float64 if dtype == np.float64 else np.float32
-        )
-    return to_device(np.asarray(drawn).astype(dtype, copy=False), device)
+    drawn_as = np.float64 if dtype == np.float64 else np.float32
+    draw = lambda: _stream().standard_normal(shape, dtype=drawn_as)  # noqa: E731
+    return _on_device(draw, shape, dtype, device)
 
 
 def integers(low: int, high: int, shape: tuple[int, ...], dtype: Any, device: Device) -> Any:
     """Return an array of integers drawn evenly from low to high - 1."""
-    with _lock:
-        drawn = _stream().integers(low, high, shape, dtype=np.int64)
-    return to_device(np.asarray(drawn).astype(dtype, copy=False), device)
+    draw = lambda: _stream().integers(low, high, shape, dtype=np.int64)  # noqa: E731
+    return _on_device(draw, shape, dtype, device)
 
 
 def permutation(count: int, device: Device) -> Any:
     """Return the integers 0 to count - 1 in random order, as int64."""
-    with _lock:
-        drawn = _stream().permutation(count)
-    return to_device(drawn, device)
+    return _on_device(lambda: _stream().permutation(count), (count,), np.dtype(np.int64), device)
 
 
 def bernoulli_mask(shape: tuple[int, ...], probability: float, like: Any) -> Any:
     """Return a bool array on the device of the array `like`, True with `probability`."""
-    with _lock:
-        drawn = _stream().random(shape, dtype=np.float32) < probability
-    return to_device(np.asarray(drawn), device_of(like))
+    draw = lambda: _stream().random(shape, dtype=np.float32) < probability  # noqa: E731
+    return _on_device(draw, shape, np.dtype(np.bool_), device_of(like))
+
+
+def _on_device(
+    draw: Callable[[], Any], shape: tuple[int, ...], dtype: np.dtype, device: Device
+) -> Any:
+    """Return what `draw` draws as an array on the device; in a captured step anew for each replay."""
+
+    def drawn() -> np.ndarray:
+        with _lock:
+            return np.asarray(draw()).astype(dtype, copy=False)
+
+    recording = capture.current()
+    if recording is None or device.index is None:
+        return to_device(drawn(), device)
+    return recording.feed(drawn, shape, dtype)

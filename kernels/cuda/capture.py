@@ -56,6 +56,7 @@ class Capture:
 
 class _Current(threading.local):
     capture: Capture | None = None
+    in_step = False
 
 
 _current = _Current()
@@ -67,13 +68,23 @@ def current() -> Capture | None:
 
 
 @contextmanager
-def noting(capture: Capture) -> Iterator[None]:
-    """Make `capture` the current one of this thread."""
-    _current.capture = capture
+def running_step(capture: Capture | None) -> Iterator[None]:
+    """Note what a step does in `capture`, or with None let it run as it is until it is captured."""
+    before = _current.capture, _current.in_step
+    _current.capture, _current.in_step = capture, True
     try:
         yield
     finally:
-        _current.capture = None
+        _current.capture, _current.in_step = before
+
+
+def in_step() -> bool:
+    """Return whether a step runs that is to be captured, now or later.
+
+    What no graph can hold, such as a call of cuBLAS, is done in another way then: in both runs, so
+    that they give the same numbers.
+    """
+    return _current.in_step
 
 
 # ---- for code that runs inside steps ---------------------------------------------------------------
@@ -241,7 +252,7 @@ def copy_from_host(array: Array, values: np.ndarray) -> None:
 
     The values may be changed as soon as this returns.
     """
-    if isinstance(array, np.ndarray):
+    if type(array) is np.ndarray:
         array[...] = values
         return
     # CuPy copies contiguous memory: axes in the order of the array's memory make it so

@@ -1,0 +1,274 @@
+"""A stand-in for CuPy and its graphs: arrays of NumPy whose work can be recorded and replayed.
+
+Functions and methods of its arrays are NumPy's, kernels are launched on the emulator. While a run is
+captured, each of them is noted with its arguments, and at the end of the capture all memory is as it
+was before, memory that is new holding NaN: as on a GPU, nothing has been computed yet. Whatever
+would copy to or from the CPU then, or call cuBLAS, raises what CuPy raises.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tests.emulator.emulator import Emulator
+from tests.emulator.guarded import POISON
+
+__name__ = "cupy.stand_in"  # where an error comes from, CuPy shows as itself
+
+# Of numpy.ndarray; those that are ufuncs in disguise come through __array_ufunc__ too, but then twice
+METHODS = (
+    *("all", "any", "argmax", "argmin", "argsort", "astype", "clip", "copy", "cumsum", "fill"),
+    *("flatten", "max", "mean", "min", "nonzero", "prod", "put", "ravel", "repeat", "reshape"),
+    *("round", "searchsorted", "sort", "squeeze", "std", "sum", "swapaxes", "take", "transpose"),
+    *("var", "view", "__getitem__", "__setitem__"),
+)
+CUBLAS = ("dot", "einsum", "inner", "matmul", "tensordot", "vdot")
+READS = ("item", "tolist", "tobytes", "__array__", "__bool__", "__float__", "__index__", "__int__")
+
+
+class Recorder:
+    """Runs what the stand-in is asked for, and notes it while something is captured."""
+
+    def __init__(self) -> None:
+        self.noted: list[Callable[[], None]] | None = None
+        self.memory: dict[int, weakref.ref[np.ndarray]] = {}
+
+    def refuse(self, what: str) -> None:
+        if self.noted is not None:
+            raise RuntimeError(f"the current stream is capturing, so {what} are disallowed")
+
+    def run(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        if getattr(function, "__name__", "") in CUBLAS and self.noted is not None:
+            raise NotImplementedError(
+                "calling cuBLAS API during stream capture is currently unsupported"
+            )
+        if any(_is_foreign(value) for value in _flat((arguments, list(keywords.values())))):
+            raise TypeError(f"{function}: arrays of CuPy and of NumPy do not mix")
+        arguments, keywords = _plain(arguments), _plain(keywords)
+        results = function(*arguments, **keywords)
+        wrapped = self._wrapped(results)
+        if self.noted is not None:
+            self.noted.append(lambda: _overwrite(wrapped, function(*arguments, **keywords)))
+        return wrapped
+
+    def allocate(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        array = self._wrapped(function(*map(_plain, arguments), **keywords))
+        if self.noted is not None:
+            self.noted.append(partial(id, array))  # keeps the memory
+        return array
+
+    def launch(self, kernel: Callable[..., None], *arguments: Any) -> None:
+        if self.noted is None:
+            kernel(*arguments)
+        else:
+            self.noted.append(lambda: kernel(*arguments))
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Any, list[Callable[[], None]]]:
+        before = {key: array.copy() for key, array in self._buffers()}
+        self.noted = noted = []
+        try:
+            return work(), noted
+        finally:
+            self.noted = None
+            for key, array in self._buffers():
+                if key in before:
+                    array[...] = before[key]
+                else:
+                    array.view(np.uint8)[...] = POISON
+
+    def _wrapped(self, results: Any) -> Any:
+        if isinstance(results, (tuple, list)):
+            return type(results)(map(self._wrapped, results))
+        if not isinstance(results, (np.ndarray, np.generic)):
+            return results
+        array = np.asarray(results).view(GpuArray)
+        owner: Any = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        self.memory.setdefault(id(owner), weakref.ref(owner))
+        if self.memory[id(owner)]() is not owner:  # an address may be used again
+            self.memory[id(owner)] = weakref.ref(owner)
+        return array
+
+    def _buffers(self) -> list[tuple[int, np.ndarray]]:
+        """Return all memory that is in use, flat."""
+        found = [(key, reference()) for key, reference in self.memory.items()]
+        return [
+            (key, np.asarray(array).reshape(-1, order="A"))
+            for key, array in found
+            if array is not None and array.flags.writeable
+        ]
+
+
+recorder = Recorder()
+
+
+class GpuArray(np.ndarray):
+    """What the stand-in calls cupy.ndarray."""
+
+    @property
+    def device(self) -> Any:
+        return DEVICE
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Any:
+        call = ufunc if method == "__call__" else getattr(ufunc, method)
+        result = recorder.run(call, *inputs, **keywords)
+        out = keywords.get("out", (None,))[0]
+        return result if out is None else out
+
+    def __array_function__(self, function: Any, types: Any, inputs: Any, keywords: Any) -> Any:
+        return recorder.run(function, *inputs, **keywords)
+
+    def set(self, values: np.ndarray) -> None:
+        recorder.refuse("H2D transfers")
+        _plain(self)[...] = values
+
+    def get(self) -> np.ndarray:
+        recorder.refuse("D2H transfers")
+        return _plain(self).copy()
+
+
+def _method(name: str) -> Callable[..., Any]:
+    function = getattr(np.ndarray, name)
+    return lambda self, *arguments, **keywords: recorder.run(function, self, *arguments, **keywords)
+
+
+def _read(name: str) -> Callable[..., Any]:
+    def method(self: GpuArray, *arguments: Any, **keywords: Any) -> Any:
+        recorder.refuse("D2H transfers")
+        if name == "__array__":
+            raise TypeError("Implicit conversion to a NumPy array is not allowed")
+        return getattr(_plain(self), name)(*arguments, **keywords)
+
+    return method
+
+
+for _name in METHODS:
+    setattr(GpuArray, _name, _method(_name))
+for _name in READS:
+    setattr(GpuArray, _name, _read(_name))
+
+
+class _Device:
+    """The only GPU, as CuPy describes one."""
+
+    id = 0
+
+    def __enter__(self) -> _Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        if recorder.noted is not None:
+            raise RuntimeError(
+                "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing"
+            )
+
+
+DEVICE = _Device()
+
+
+class FakeCupy(ModuleType):
+    """NumPy's functions on the stand-in's arrays."""
+
+    ndarray = GpuArray
+
+    def __init__(self) -> None:
+        super().__init__("cupy")
+        runtime = SimpleNamespace(getDeviceCount=lambda: 1)
+        self.cuda: Any = SimpleNamespace(runtime=runtime, Device=lambda index=0: DEVICE)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(np, name)
+        if isinstance(found, (type, np.dtype)) or not callable(found):
+            return found
+        run = recorder.allocate if name in ("empty", "empty_like") else recorder.run
+        return partial(run, found)
+
+    def asarray(self, values: Any, *arguments: Any, **keywords: Any) -> GpuArray:
+        if not isinstance(values, GpuArray):
+            recorder.refuse("H2D transfers")
+            values = np.array(values)
+        return recorder.run(np.asarray, values.view(GpuArray), *arguments, **keywords)
+
+    def array(self, values: Any, *arguments: Any, **keywords: Any) -> GpuArray:
+        if not isinstance(values, GpuArray):
+            return self.asarray(values, *arguments, **keywords)
+        return recorder.run(np.array, values, *arguments, **keywords)
+
+    def asnumpy(self, array: GpuArray) -> np.ndarray:
+        return array.get()
+
+
+class RecordingEmulator(Emulator):
+    """The emulator, whose launches can be recorded."""
+
+    def load(self, source: str, name: str) -> Callable[..., None]:
+        kernel = super().load(source, name)
+        return lambda *arguments: recorder.launch(kernel, *map(_plain, arguments))
+
+
+class FakeGraphs:
+    """What the stand-in captures; `captured` and `launched` count."""
+
+    def __init__(self, device: int) -> None:
+        assert device == 0
+        self.xp = CUPY
+        self.captured = self.launched = 0
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Any, Any]:
+        self.captured += 1
+        return recorder.capture(work)
+
+    def launch(self, graph: Sequence[Callable[[], None]]) -> None:
+        self.launched += 1
+        for replay in graph:
+            replay()
+
+
+CUPY = FakeCupy()
+
+
+def _plain(value: Any) -> Any:
+    """Return nested arguments with NumPy's own view of each array."""
+    if isinstance(value, GpuArray):
+        return np.ndarray.view(value, np.ndarray)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _flat(values: Any) -> Any:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _is_foreign(value: Any) -> bool:
+    return type(value) is np.ndarray and value.ndim > 0
+
+
+def _overwrite(found: Any, again: Any) -> None:
+    """Put the results of a replay where those of the capture are."""
+    if isinstance(found, (tuple, list)):
+        for one, other in zip(found, again, strict=True):
+            _overwrite(one, other)
+    elif isinstance(found, GpuArray):
+        target = _plain(found)
+        if not np.shares_memory(target, again):
+            target[...] = again
