@@ -1,0 +1,490 @@
+"""Rows of single kernels: the device's limits, convolutions, matrix products, passes over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import gradengine as ge
+from benchmarks.gpu_device import Device, Run
+from benchmarks.gpu_race import Contestant, Row
+from benchmarks.gpu_steps import OPTIONS
+from gradengine import kernels
+from gradengine.kernels.geometry import conv2d_geometry
+from gradengine.models import resnet18
+from gradengine.nn import functional as F
+from gradengine.ops.normalization import batch_norm_act
+
+BATCH = 256
+# ResNet-18's: (input channels, output channels, input size, kernel, stride)
+CONVOLUTIONS = [
+    (64, 64, 56, 3, 1),
+    (128, 128, 28, 3, 1),
+    (256, 256, 14, 3, 1),
+    (512, 512, 7, 3, 1),
+    (3, 64, 224, 7, 2),
+    (64, 128, 56, 3, 2),
+    (128, 256, 28, 3, 2),
+    (256, 512, 14, 3, 2),
+    (64, 128, 56, 1, 2),
+    (128, 256, 28, 1, 2),
+    (256, 512, 14, 1, 2),
+]
+PASSES = {
+    "forward": (False, False),
+    "gradient by input": (True, False),
+    "gradient by weight": (False, True),
+}
+PRECISIONS = ("bf16", "tf32")
+# PyTorch's setting for products of float32 matrices.
+PRODUCTS = {"fp32": "highest", "tf32": "high", "bf16": "high"}
+COPIED = 1 << 30  # bytes
+# M x K by K x N; T marks the operand that is a transposed view.
+MATRICES = [
+    (4096, 4096, 4096, "NN"),
+    (8192, 8192, 8192, "NN"),
+    (1024, 1024, 1024, "NN"),
+    (4096, 4096, 4096, "NT"),
+    (4096, 4096, 4096, "TN"),
+    (256, 512, 1000, "NT"),  # ResNet-18's last layer, forward
+    (256, 1000, 512, "NN"),  # its gradient by input
+    (1000, 256, 512, "TN"),  # and by weight
+    (802816, 64, 64, "NN"),  # many pixels, few channels
+]
+
+
+@dataclass
+class Sizes:
+    """How large the rows are: a rehearsal divides images by 7 and everything else by 64."""
+
+    rehearsal: bool = False
+
+    @property
+    def batch(self) -> int:
+        return 2 if self.rehearsal else BATCH
+
+    def pixels(self, size: int) -> int:
+        return -(-size // 7) if self.rehearsal else size
+
+    def length(self, size: int) -> int:
+        return -(-size // 64) if self.rehearsal else size
+
+
+def torch_only(device: Device, *contestants: Contestant) -> list[Contestant]:
+    """Return the contestants where PyTorch is installed, else none."""
+    return list(contestants) if device.torch is not None else []
+
+
+# ---- what the device can do ----------------------------------------------------------------------
+
+
+def limit_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
+    """Yield the copy bandwidth, and the rate of cuBLAS at two sizes in three precisions."""
+    count = sizes.length(COPIED) // 4
+    copies = [
+        Contestant("CuPy", lambda: _cupy_copy(device, count)),
+        *torch_only(device, Contestant("PyTorch", lambda: _torch_copy(device, count))),
+    ]
+    yield Row("limits", "copy", copies, moved=8.0 * count, labels={"limit": "copy"})
+    for precision in PRODUCTS:
+        for size in (8192, 4096):
+            side = sizes.length(size)
+            shape = (side, side, side, "NN")
+            products = [
+                *torch_only(device, _torch_product(device, shape, precision, "PyTorch")),
+                _cupy_product(device, shape, precision),
+            ]
+            labels = {"limit": precision, "size": size}
+            name = f"cuBLAS {precision}, {size} x {size}"
+            yield Row("limits", name, products, flop=2.0 * side**3, labels=labels)
+
+
+def _cupy_copy(device: Device, count: int) -> Run:
+    source = device.random((count,), np.float32)
+    target = device.xp.empty_like(source)
+    return lambda: device.xp.copyto(target, source)
+
+
+def _torch_copy(device: Device, count: int) -> Run:
+    source = device.to_torch(device.random((count,), np.float32))
+    target = device.torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _cupy_product(device: Device, shape: tuple[Any, ...], precision: str) -> Contestant:
+    def make() -> Run:
+        x, y = _operands(device, shape, precision)
+        out = device.xp.empty((x.shape[0], y.shape[1]), x.dtype)
+        core: Any = getattr(device.xp, "_core", None)
+        if precision != "tf32" or not hasattr(core, "set_compute_type"):  # NumPy has no such thing
+            return lambda: device.xp.matmul(x, y, out)
+        usual, tf32 = core.get_compute_type(x.dtype), _tf32_compute_type()
+
+        def run() -> None:
+            core.set_compute_type(x.dtype, tf32)
+            device.xp.matmul(x, y, out)
+            core.set_compute_type(x.dtype, usual)
+
+        return run
+
+    return Contestant("CuPy", make)
+
+
+def _tf32_compute_type() -> int:
+    """Return CuPy's number for TF32: it has names for these numbers, but only in C."""
+    from cupy._core import _routines_linalg as linalg  # pyright: ignore[reportMissingImports]
+
+    names = map(linalg.compute_type_to_str, range(16))
+    return list(names).index("COMPUTE_TYPE_TF32")
+
+
+def _torch_product(device: Device, shape: tuple[Any, ...], precision: str, name: str) -> Contestant:
+    def make() -> Run:
+        torch = device.torch
+        x, y = map(device.to_torch, _operands(device, shape, precision))
+        out = torch.empty((x.shape[0], y.shape[1]), dtype=x.dtype, device=x.device)
+        setting = PRODUCTS[precision]
+
+        def run() -> Any:
+            torch.set_float32_matmul_precision(setting)
+            torch.mm(x, y, out=out)
+            torch.set_float32_matmul_precision("high")
+            return out
+
+        return run
+
+    return Contestant(name, make)
+
+
+def _operands(device: Device, shape: tuple[Any, ...], precision: str) -> tuple[Any, Any]:
+    """Return x (M, K) and y (K, N), transposed views of C-contiguous memory where the kind says T."""
+    rows, inner, columns, kind = shape
+    dtype = device.dtype(precision)
+    x = device.random((inner, rows) if kind[0] == "T" else (rows, inner), dtype)
+    y = device.random((columns, inner) if kind[1] == "T" else (inner, columns), dtype, seed=1)
+    return x.T if kind[0] == "T" else x, y.T if kind[1] == "T" else y
+
+
+# ---- matrix products -----------------------------------------------------------------------------
+
+
+def matmul_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
+    """Yield products of this package beside cuBLAS as PyTorch calls it."""
+    for precision in PRECISIONS:
+        for rows, inner, columns, kind in MATRICES:
+            shape = (sizes.length(rows), sizes.length(inner), sizes.length(columns), kind)
+            contestants = [
+                _our_product(device, shape, precision),
+                *torch_only(device, _torch_product(device, shape, precision, "cuBLAS")),
+            ]
+            yield Row(
+                "matmul",
+                f"{precision} {rows} x {inner} by {inner} x {columns}, {kind}",
+                contestants,
+                flop=2.0 * shape[0] * shape[1] * shape[2],
+                labels={"precision": precision},
+                check=lambda runs: _distance(device, runs, "cuBLAS"),
+                importance=23,
+            )
+
+
+def _our_product(device: Device, shape: tuple[Any, ...], precision: str) -> Contestant:
+    def make() -> Run:
+        device.fast_matmul()
+        x, y = _operands(device, shape, precision)
+        return lambda: kernels.matmul(x, y)
+
+    return Contestant("gradengine", make)
+
+
+def _distance(device: Device, runs: dict[str, Run], peer: str) -> dict[str, dict[str, float]]:
+    """Return how far our result is from a peer's: a fast kernel that is wrong must show."""
+    if "gradengine" not in runs or peer not in runs:
+        return {}
+    return {"gradengine": {"distance": device.distance(runs["gradengine"](), runs[peer]())}}
+
+
+# ---- convolutions --------------------------------------------------------------------------------
+
+
+def convolution_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
+    """Yield each pass of each convolution beside cuDNN in both memory layouts."""
+    for place, which in enumerate(PASSES):
+        for precision in PRECISIONS:
+            for shape in CONVOLUTIONS:
+                inputs, outputs, size, kernel, stride = shape
+                if inputs == 3 and which == "gradient by input":
+                    continue  # nobody asks for the gradient by the images
+                case = _Convolution(device, sizes, precision, which, shape)
+                name = f"{kernel}x{kernel} stride {stride}, {inputs} to {outputs}, {size} px"
+                peers = (
+                    Contestant(f"cuDNN {kind}", case.theirs(kind)) for kind in ("nhwc", "nchw")
+                )
+                yield Row(
+                    "convolutions",
+                    f"{precision} {which}, {name}",
+                    [Contestant("gradengine", case.ours), *torch_only(device, *peers)],
+                    flop=case.flop,
+                    moved=case.moved,
+                    labels={"precision": precision, "pass": which, "convolution": name},
+                    check=lambda runs: _distance(device, runs, "cuDNN nhwc"),
+                    importance=20 + 0.1 * place,
+                )
+
+
+class _Convolution:
+    """One pass of one convolution: its arrays are made when the first contestant asks for them."""
+
+    def __init__(
+        self, device: Device, sizes: Sizes, precision: str, which: str, shape: tuple[int, ...]
+    ) -> None:
+        inputs, outputs, size, kernel, stride = shape
+        self.device, self.precision, self.which, self.stride = device, precision, which, stride
+        pixels = sizes.pixels(size)
+        self.shapes = ((sizes.batch, inputs, pixels, pixels), (outputs, inputs, kernel, kernel))
+        self.geometry = conv2d_geometry(*self.shapes, stride, kernel // 2, 1, 1)
+        sizes_of = [int(np.prod(s)) for s in (*self.shapes, self.geometry.output_shape)]
+        self.flop = 2.0 * sizes_of[2] * inputs * kernel**2
+        self.moved = (2.0 if precision == "bf16" else 4.0) * sum(sizes_of)
+
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """Return x, weight and grad, the same numbers for all, channels last."""
+        dtype = self.device.dtype(self.precision)
+        shapes = (*self.shapes, self.geometry.output_shape)
+        x, weight, grad = (
+            self.device.random_nhwc(shape, dtype, seed) for seed, shape in enumerate(shapes)
+        )
+        return x, weight, grad
+
+    def ours(self) -> Run:
+        self.device.fast_matmul()
+        x, weight, grad = self.arrays()
+        geometry = self.geometry
+        return {
+            "forward": lambda: kernels.conv2d(x, weight, None, geometry),
+            "gradient by input": lambda: kernels.conv2d_grad_input(grad, weight, geometry),
+            "gradient by weight": lambda: kernels.conv2d_grad_weight(grad, x, geometry),
+        }[self.which]
+
+    def theirs(self, layout: str) -> Callable[[], Run]:
+        def make() -> Run:
+            torch = self.device.torch
+            tensors = map(self.device.to_torch, self.arrays())
+            if layout == "nchw":
+                tensors = (tensor.contiguous() for tensor in tensors)
+            x, weight, grad = tensors
+            stride, padding = [self.stride] * 2, [weight.shape[2] // 2] * 2
+            if self.which == "forward":
+                return lambda: torch.nn.functional.conv2d(x, weight, None, stride, padding)
+            mask = (*PASSES[self.which], False)
+            place = mask.index(True)
+            geometry = (stride, padding, [1, 1], False, [0, 0], 1)
+            backward = torch.ops.aten.convolution_backward
+            return lambda: backward(grad, x, weight, None, *geometry, mask)[place]
+
+        return make
+
+
+# ---- passes over memory --------------------------------------------------------------------------
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Pass:
+    """A function of tensors of these shapes, in both libraries, and the bytes that it has to move.
+
+    4-D tensors have the dtype of the precision and are channels last, or not, as PyTorch's layout
+    says; all others are float32.
+    """
+
+    name: str
+    precision: str
+    shapes: list[Shape]
+    moved: float
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+
+    def row(self, device: Device, backward: bool) -> Row:
+        """Return the row of the function, or of its gradient by all tensors."""
+
+        def our_run() -> Run:
+            tensors = [ge.asarray(array) for array in self._arrays(device)]
+            return _run(ge, self.ours, tensors, backward)
+
+        def their_run(layout: str) -> Callable[[], Run]:
+            def make() -> Run:
+                tensors = [device.to_torch(array) for array in self._arrays(device)]
+                if layout == "nchw":
+                    tensors = [tensor.contiguous() for tensor in tensors]
+                return _run(device.torch, self.theirs, tensors, backward)
+
+            return make
+
+        peers = [Contestant(f"PyTorch {kind}", their_run(kind)) for kind in ("nhwc", "nchw")]
+        direction = "backward" if backward else "forward"
+        return Row(
+            "passes",
+            f"{self.precision} {self.name}, {direction}",
+            [Contestant("gradengine", our_run), *torch_only(device, *peers)],
+            moved=self.moved,
+            labels={"precision": self.precision},
+        )
+
+    def _arrays(self, device: Device) -> list[Any]:
+        dtype = device.dtype(self.precision)
+        return [
+            device.random_nhwc(shape, dtype, seed)
+            if len(shape) == 4
+            else device.random(shape, np.float32, seed)
+            for seed, shape in enumerate(self.shapes)
+        ]
+
+
+def _run(library: Any, function: Callable[..., Any], tensors: list[Any], backward: bool) -> Run:
+    """Return a run of the function, or of its gradients from one result that is kept."""
+    for tensor in tensors:
+        tensor.requires_grad_(backward)
+    if not backward:
+        return lambda: function(*tensors)
+    out = function(*tensors)
+    grad = out.detach()
+    return lambda: library.autograd.grad(out, tensors, grad, retain_graph=True)
+
+
+def pass_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
+    """Yield what only moves memory: its bytes a second stand beside the copy bandwidth."""
+    shapes = [
+        (sizes.batch, channels, sizes.pixels(size), sizes.pixels(size))
+        for channels, size in ((64, 112), (64, 56), (256, 14), (512, 7))
+    ]
+    rows = [_sgd_row(device)]
+    for backward in (False, True):
+        for precision in ("bf16", "fp32"):
+            for shape in shapes:
+                for residual in (False, True) if shape != shapes[0] else (False,):
+                    case = _batch_norm(device, precision, shape, residual, backward)
+                    rows.append(case.row(device, backward))
+            rows.append(_max_pool(device, precision, shapes[0]).row(device, backward))
+            rows.append(_mean(device, precision, shapes[3]).row(device, backward))
+        rows.append(_loss(device, (sizes.batch, 1000), backward).row(device, backward))
+    rows += [_known_statistics_row(device, precision, shapes[0]) for precision in ("bf16", "fp32")]
+    for row in rows:
+        row.importance = 22
+        yield row
+
+
+def _bytes(shape: Shape, precision: str) -> float:
+    return float(np.prod(shape)) * (2 if precision == "bf16" else 4)
+
+
+def _spelled(shape: Shape) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _batch_norm(
+    device: Device, precision: str, shape: Shape, residual: bool, backward: bool
+) -> Pass:
+    """Forward, x is read for its statistics, then x and the residual to write the result.
+
+    Backward, the incoming gradient, x and the result are read for two sums and again to write the
+    gradients of x and the residual.
+    """
+
+    def ours(x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+        shortcut = rest[0] if rest else None
+        return batch_norm_act(x, None, None, weight, bias, shortcut, relu=True, training=True)
+
+    def theirs(x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+        functional = device.torch.nn.functional
+        out = functional.batch_norm(x, None, None, weight, bias, training=True)
+        return functional.relu(out + rest[0] if rest else out, inplace=True)
+
+    passes = (7 if backward else 3) + residual
+    name = f"batch norm{' + add' * residual} + relu, {_spelled(shape)}"
+    shapes = [shape, shape[1:2], shape[1:2], *([shape] * residual)]
+    return Pass(name, precision, shapes, passes * _bytes(shape, precision), ours, theirs)
+
+
+def _known_statistics_row(device: Device, precision: str, shape: Shape) -> Row:
+    """Where the convolution has gathered the statistics, x is read once and the result written."""
+
+    def make() -> Run:
+        x = ge.asarray(device.random_nhwc(shape, device.dtype(precision)))
+        vectors = [device.random(shape[1:2], np.float32, seed) for seed in range(1, 5)]
+        weight, bias, mean, root = vectors
+        moments = (mean.astype(np.float64), (root * root).astype(np.float64))
+        weight, bias = ge.asarray(weight), ge.asarray(bias)
+        return lambda: batch_norm_act(
+            x, None, None, weight, bias, relu=True, training=True, moments=moments
+        )
+
+    return Row(
+        "passes",
+        f"{precision} batch norm + relu of known statistics, {_spelled(shape)}, forward",
+        [Contestant("gradengine", make)],
+        moved=2 * _bytes(shape, precision),
+        labels={"precision": precision},
+    )
+
+
+def _max_pool(device: Device, precision: str, shape: Shape) -> Pass:
+    """The images move once, and once what is a quarter of them: values, and positions of 4 bytes."""
+    moved = 1.25 * _bytes(shape, precision) + 0.25 * _bytes(shape, "fp32")
+    return Pass(
+        f"max pool 3x3 stride 2, {_spelled(shape)}",
+        precision,
+        [shape],
+        moved,
+        lambda x: F.max_pool2d(x, 3, 2, 1),
+        lambda x: device.torch.nn.functional.max_pool2d(x, 3, 2, 1),
+    )
+
+
+def _mean(device: Device, precision: str, shape: Shape) -> Pass:
+    return Pass(
+        f"mean of all pixels, {_spelled(shape)}",
+        precision,
+        [shape],
+        _bytes(shape, precision),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: device.torch.nn.functional.adaptive_avg_pool2d(x, 1),
+    )
+
+
+def _loss(device: Device, shape: Shape, backward: bool) -> Pass:
+    labels = device.xp.asarray(np.random.default_rng(0).integers(0, shape[1], shape[0]))
+    return Pass(
+        f"cross entropy, {_spelled(shape)}",
+        "fp32",
+        [shape],
+        (1 + backward) * _bytes(shape, "fp32"),
+        lambda x: F.cross_entropy(x, ge.asarray(labels)),
+        lambda x: device.torch.nn.functional.cross_entropy(x, device.to_torch(labels)),
+    )
+
+
+def _sgd_row(device: Device) -> Row:
+    """Parameter and velocity are read and written, the gradient is read."""
+    shapes = [tuple(p.shape) for p in resnet18().parameters()]
+
+    def stepper(library: Any, tensor: Callable[[Any], Any], **options: Any) -> Callable[[], Run]:
+        def make() -> Run:
+            parameters = []
+            for seed, shape in enumerate(shapes):
+                parameter = tensor(device.random(shape, np.float32, seed)).requires_grad_()
+                parameter.grad = tensor(device.random(shape, np.float32, seed + 1))
+                parameters.append(parameter)
+            return library.optim.SGD(parameters, **OPTIONS, **options).step
+
+        return make
+
+    contestants = [Contestant("gradengine", stepper(ge, ge.asarray))]
+    for option in ("fused", "foreach") if device.torch is not None else ():
+        peer = stepper(device.torch, device.to_torch, **{option: True})
+        contestants.append(Contestant(f"PyTorch {option}", peer))
+    moved = 5 * 4.0 * sum(int(np.prod(shape)) for shape in shapes)
+    return Row("passes", "fp32 SGD of all ResNet-18", contestants, moved=moved)
