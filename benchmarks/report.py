@@ -269,7 +269,8 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    newest = max(FOLDER.glob("*.json"), key=os.path.getmtime, default=None)
+    kept = [path for path in FOLDER.glob("*.json") if not path.name.startswith("gpu-")]
+    newest = max(kept, key=os.path.getmtime, default=None)
     chosen = Path(sys.argv[1]) if len(sys.argv) > 1 else newest
     if chosen is None:
         sys.exit(f"no results in {FOLDER}: run python -m pytest benchmarks --report")
