@@ -55,24 +55,24 @@ def channels_last(x: Array, channels: int | None = None, dtype: Any = None) -> A
     Channels beyond x's own are zeros. x itself is given, as a view, where nothing is to be done.
     """
     batch, given, height, width = x.shape
-    channels = given if channels is None else channels
+    count = given if channels is None else channels
     dtype = x.dtype if dtype is None else np.dtype(dtype)
     pixels = x.transpose(0, 2, 3, 1)
-    if channels == given and pixels.flags.c_contiguous:
+    if count == given and pixels.flags.c_contiguous:
         return pixels if dtype == x.dtype else cast_all([pixels], dtype)[0]
-    out = array_module(x).empty((batch, height, width, channels), dtype)
+    out = array_module(x).empty((batch, height, width, count), dtype)
     if not out.size:
         return out
     types = f"{c_name(x.dtype)}, {c_name(dtype)}"
-    if channels.bit_count() == 1 and channels * dtype.itemsize <= PACK_BYTES:
-        count = batch * height * width
-        arguments = (x, out, _element_strides(x), given, height, width, count)
-        run = kernel("layout.cu", f"pack_pixels<{types}, {channels}>")
-        run((blocks(count),), (THREADS,), arguments)
+    if count.bit_count() == 1 and count * dtype.itemsize <= PACK_BYTES:
+        size = batch * height * width
+        arguments = (x, out, _element_strides(x), given, height, width, size)
+        run = kernel("layout.cu", f"pack_pixels<{types}, {count}>")
+        run((blocks(size),), (THREADS,), arguments)
     elif x.flags.c_contiguous:
-        _transpose(x, out, (batch, given, height * width, channels))
+        _transpose(x, out, (batch, given, height * width, count))
     else:
-        arguments = (x, out, _element_strides(x), given, height, width, channels, out.size)
+        arguments = (x, out, _element_strides(x), given, height, width, count, out.size)
         kernel("layout.cu", f"gather_pixels<{types}>")((blocks(out.size),), (THREADS,), arguments)
     return out
 

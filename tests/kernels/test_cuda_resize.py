@@ -62,9 +62,9 @@ def test_nothing_to_add_up(emulated_cuda):
 def test_tables_are_copied_to_the_device_once(emulated_cuda, rng):
     resize._kept_table.cache_clear()
     x = rng.standard_normal((4, 6))
+    weights = np.ones(POSITIONS.shape)
     for _ in range(3):
-        weights = np.ones(POSITIONS.shape)
-        resize.weigh(x, POSITIONS.copy(), weights, 0)
+        resize.weigh(x, POSITIONS.copy(), weights.copy(), 0)
     counts = resize._kept_table.cache_info()
     assert (counts.misses, counts.hits) == (2, 4)
     changed = resize.weigh(x, POSITIONS, 2 * weights, 0)
