@@ -1,11 +1,56 @@
-"""Batch normalization over the pixels of all images, (N, H, W, C) -> (N * H * W, C)."""
+"""Batch normalization over the pixels of all images: one to three launches, each at memory's speed.
+
+Arrays (N, H, W, C) are rows, the pixels, of packs: 16 bytes of channels, or one channel where these
+do not fit. Blocks stand side by side over the packs and share the rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.activation import relu_grad
-from gradengine.kernels.cuda.windows import sum_dtype
-from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
+from gradengine.kernels.cuda.launch import Kernel, c_name, device_limits, kernel
+from gradengine.kernels.cuda.layout import PACK_BYTES, channels_last, is_aligned
+from gradengine.kernels.layout import Array, from_nhwc
+
+# As in normalization.cu: threads of a block, and rows whose loads a thread has under way at once, of
+# one array and of two.
+THREADS = 256
+ROWS_AT_ONCE = 4
+PAIRS_AT_ONCE = 2
+# Packs that a block has side by side: 256 bytes of a row. More would leave more parts to merge.
+MOST_LANES = 16
+# So few rows are one launch, of blocks that have all rows of a few packs.
+WHOLE_ROWS = 1024
+WHOLE_LANES = 4
+MERGE_BLOCK = (32, 8)
+SOURCE = "normalization.cu"
+
+_TYPES = ("bfloat16, float, 8", "float, float, 4")
+_MORE_TYPES = (
+    *("float16, float, 8", "double, double, 2", "bfloat16, bfloat16, 8"),
+    *("float16, float16, 1", "float, float, 1"),
+)
+_ELEMENTS = ("float16, 8", "bfloat16, 8", "float, 4", "double, 2", "float16, 1", "float, 1")
+_NAMES = ("apply", "whole", "grad_apply", "grad_whole")
+KERNELS = {
+    SOURCE: (
+        *(f"batch_norm_{name}<{types}, true>" for name in _NAMES for types in _TYPES + _MORE_TYPES),
+        *(f"batch_norm_{name}<{types}, false>" for name in _NAMES for types in _TYPES),
+        *(f"batch_norm_moments<{element}>" for element in _ELEMENTS),
+        *(f"batch_norm_grad_sums<{element}, true>" for element in _ELEMENTS),
+        *(f"batch_norm_grad_sums<{element}, false>" for element in _ELEMENTS),
+        *(f"batch_norm_merge_moments<{name}>" for name in ("float16", "bfloat16", "float")),
+        "batch_norm_merge_moments<double>",
+        *(f"batch_norm_grad_merge<float, {name}>" for name in ("float16", "bfloat16", "float")),
+        "batch_norm_grad_merge<double, double>",
+    )
+}
+
+
+Shape = tuple[int, int]
 
 
 def batch_norm_act(
@@ -15,89 +60,205 @@ def batch_norm_act(
     residual: Array | None,
     relu: bool,
     eps: float,
-    moments: tuple[Array, Array] | None = None,
-    running_mean: Array | None = None,
-    running_var: Array | None = None,
-    momentum: float = 0.0,
-) -> tuple[Array, Array, Array, None]:
-    array = to_nhwc(x)
-    pixels = array.reshape(-1, array.shape[3]).astype(sum_dtype(x.dtype), copy=False)
-    if moments is None:
-        mean, var, out = _moments(pixels)
+    moments: tuple[Array, Array] | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
+) -> tuple[Array, Array, Array, Array | None]:
+    xp, dtype = array_module(x), _sum_dtype(x.dtype)
+    pixels, added = _pixels(x), None if residual is None else _pixels(residual)
+    rows, channels, width = _sizes(pixels)
+    out, inv_std = xp.empty_like(pixels), xp.empty(channels, dtype)
+    if not out.size:
+        inv_std[...] = eps**-0.5
+        return from_nhwc(out), xp.zeros(channels, dtype), inv_std, None
+    passed = xp.empty((rows, channels // width), np.uint8) if relu else None
+    vectors = [_dense(one) for one in (weight, bias, running_mean, running_var)]
+    if moments is None and rows <= WHOLE_ROWS:
+        name, sizes, found = "whole", _whole_launch(pixels), [xp.empty(channels, dtype)]
     else:
-        mean, var = (moment.astype(pixels.dtype) for moment in moments)
-        out = pixels - mean
-    inv_std = 1 / array_module(x).sqrt(var + eps)
-    out *= inv_std
-    if weight is not None:
-        out *= weight
-    if bias is not None:
-        out += bias
-    out = _add_and_clip(out.reshape(array.shape), residual, relu)
-    out = out.astype(x.dtype, copy=False)
-    count = len(pixels)
-    if count:
-        _move(running_mean, mean, momentum)
-        _move(running_var, var * (count / max(count - 1, 1)), momentum)
-    return from_nhwc(out), mean, inv_std, None
+        name, sizes = "apply", _launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
+        found = [_dense(moment, dtype) for moment in moments or _moments(pixels)]
+    run = _kernel(name, x.dtype, vectors, width, added is not None)
+    arguments = (
+        *(pixels, added, out, passed, *found, *vectors[:2], inv_std, *vectors[2:]),
+        *(rows, channels, float(eps), float(momentum), int(relu)),
+    )
+    run(*sizes, arguments)
+    for running, moved in zip((running_mean, running_var), vectors[2:], strict=True):
+        if moved is not running:
+            running[...] = moved
+    return from_nhwc(out), found[0], inv_std, passed
 
 
-def _move(running: Array | None, found: Array, momentum: float) -> None:
-    if running is not None:
-        running *= 1 - momentum
-        running += (momentum * found).astype(running.dtype)
-
-
-def _moments(pixels: Array) -> tuple[Array, Array, Array]:
-    """Give each channel's mean, biased variance (0 and 0 of no pixels) and pixels - mean."""
-    count = max(len(pixels), 1)
-    # sums about one of the values (0 of none) keep their digits however far the mean is from zero
-    origin = pixels[:1].sum(axis=0)
-    shifted = pixels - origin
-    offset = shifted.sum(axis=0) / count
-    shifted -= offset
-    return origin + offset, (shifted * shifted).sum(axis=0) / count, shifted
-
-
-def _add_and_clip(out: Array, residual: Array | None, relu: bool) -> Array:
-    if residual is not None:
-        out += residual.transpose(0, 2, 3, 1)
-    if relu:
-        array_module(out).maximum(out, 0, out=out)
-    return out
+def _moments(pixels: Array) -> tuple[Array, Array]:
+    """Give each channel's mean and biased variance: blocks leave parts, which are merged."""
+    xp, dtype = array_module(pixels), _sum_dtype(pixels.dtype)
+    rows, channels, width = _sizes(pixels)
+    sizes = _launch(pixels, ROWS_AT_ONCE)
+    blocks = sizes[0][1]
+    parts = xp.empty((blocks, channels, 3), dtype)  # count, mean, sum of squared deviations
+    element = c_name(pixels.dtype)
+    run = kernel(SOURCE, f"batch_norm_moments<{element}, {width}>")
+    run(*sizes, (pixels, parts, rows, channels))
+    mean, var = xp.empty(channels, dtype), xp.empty(channels, dtype)
+    run = kernel(SOURCE, f"batch_norm_merge_moments<{element}>")
+    run(*_merge_launch(channels), (parts, pixels, mean, var, blocks, channels))
+    return mean, var
 
 
 def batch_norm_act_grad(
     grad: Array,
     x: Array,
     out: Array | None,
-    passed: None,
+    passed: Array | None,
     weight: Array | None,
     mean: Array,
     inv_std: Array,
     relu: bool,
     wants_residual: bool,
 ) -> tuple[Array, Array, Array, Array | None]:
-    array = to_nhwc(x)
-    dtype = sum_dtype(x.dtype)
-    behind_relu = grad if out is None or not relu else relu_grad(grad, out)
-    grads = to_nhwc(behind_relu).reshape(-1, array.shape[3]).astype(dtype, copy=False)
-    normal = array.reshape(-1, array.shape[3]).astype(dtype) - mean
-    normal *= inv_std
-    count = max(len(grads), 1)
-    grad_bias = grads.sum(axis=0)
-    grad_weight = (grads * normal).sum(axis=0)
-    scale = inv_std if weight is None else inv_std * weight
-    # grad_x = scale * (g - mean(g) - x_hat * mean(g * x_hat)) for g = grad behind relu
-    normal *= grad_weight / count
-    by_x = (grads - grad_bias / count - normal) * scale
-    by_x = by_x.reshape(array.shape).astype(x.dtype, copy=False)
+    xp, dtype = array_module(x), _sum_dtype(x.dtype)
+    grads, pixels = _pixels(grad), _pixels(x)
+    rows, channels, width = _sizes(pixels)
     vector_dtype = mean.dtype if weight is None else weight.dtype
-    sums = grad_weight.astype(vector_dtype), grad_bias.astype(vector_dtype)
-    return from_nhwc(by_x), *sums, from_nhwc(to_nhwc(behind_relu)) if wants_residual else None
+    by_weight, by_bias = xp.empty(channels, vector_dtype), xp.empty(channels, vector_dtype)
+    grad_x, behind_relu = xp.empty_like(pixels), grads
+    if not grad_x.size:
+        by_weight[...], by_bias[...] = 0, 0
+        return from_nhwc(grad_x), by_weight, by_bias, from_nhwc(grads) if wants_residual else None
+    if relu:
+        _check_passed(passed, rows, channels // width)
+    if relu and wants_residual:
+        behind_relu = xp.empty_like(pixels)
+    gated = None if behind_relu is grads else behind_relu
+    weight, mean, inv_std = _dense(weight), _dense(mean, dtype), _dense(inv_std, dtype)
+    if rows <= WHOLE_ROWS:
+        run = _kernel("grad_whole", x.dtype, [by_weight], width, relu)
+        arguments = (grads, pixels, passed, gated, weight, mean, inv_std)
+        run(*_whole_launch(pixels), (*arguments, by_weight, by_bias, grad_x, rows, channels))
+    else:
+        arguments = (grads, pixels, passed if relu else None, gated, mean, inv_std)
+        sums = _grad_sums(*arguments, by_weight, by_bias)
+        relu = relu and gated is None  # what relu let through is known now
+        run = _kernel("grad_apply", x.dtype, [by_weight], width, relu)
+        arguments = (behind_relu, pixels, passed, weight, mean, inv_std, sums)
+        run(*_launch(pixels, PAIRS_AT_ONCE), (*arguments, grad_x, rows, channels))
+    grad_residual = from_nhwc(behind_relu) if wants_residual else None
+    return from_nhwc(grad_x), by_weight, by_bias, grad_residual
+
+
+def _grad_sums(
+    grads: Array,
+    pixels: Array,
+    passed: Array | None,
+    gated: Array | None,
+    mean: Array,
+    inv_std: Array,
+    by_weight: Array,
+    by_bias: Array,
+) -> Array:
+    """Fill gated and the gradients by weight and bias; give bias's and weight's in one array."""
+    xp, dtype = array_module(pixels), mean.dtype
+    rows, channels, width = _sizes(pixels)
+    sizes = _launch(pixels, PAIRS_AT_ONCE)
+    blocks = sizes[0][1]
+    parts = xp.empty((blocks, channels, 2), dtype)
+    relu = "false" if passed is None else "true"
+    run = kernel(SOURCE, f"batch_norm_grad_sums<{c_name(pixels.dtype)}, {width}, {relu}>")
+    run(*sizes, (grads, pixels, passed, gated, mean, parts, rows, channels))
+    sums = xp.empty((2, channels), dtype)
+    run = kernel(SOURCE, f"batch_norm_grad_merge<{c_name(dtype)}, {c_name(by_weight.dtype)}>")
+    arguments = (parts, inv_std, sums, by_weight, by_bias, blocks, channels)
+    run(*_merge_launch(channels), arguments)
+    return sums
+
+
+def _check_passed(passed: Array | None, rows: int, packs: int) -> None:
+    if passed is None or passed.shape != (rows, packs):
+        got = None if passed is None else passed.shape
+        raise ValueError(
+            "batch_norm_act_grad: passed must be what batch_norm_act gave for x "
+            f"(passed.shape == {(rows, packs)}); got passed={got}"
+        )
 
 
 def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:
-    out = to_nhwc(x) * scale
-    out += shift
-    return from_nhwc(_add_and_clip(out, residual, relu))
+    pixels, added = _pixels(x), None if residual is None else _pixels(residual)
+    rows, channels, width = _sizes(pixels)
+    out = array_module(x).empty_like(pixels)
+    if out.size:
+        vectors = [_dense(scale), _dense(shift)]
+        run = _kernel("apply", x.dtype, vectors, width, added is not None)
+        statistics = (None, None)  # the affine map is given
+        arguments = (pixels, added, out, None, *statistics, *vectors, None, *statistics)
+        sizes = _launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
+        run(*sizes, (*arguments, rows, channels, 0.0, 0.0, int(relu)))
+    return from_nhwc(out)
+
+
+def _sum_dtype(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype.itemsize == 8 else np.dtype(np.float32)
+
+
+def _pixels(x: Array) -> Array:
+    """Give x (N, C, H, W) as a contiguous (N, H, W, C) array, where packs can be read."""
+    pixels = channels_last(x)
+    aligned = _sizes(pixels)[2] == 1 or is_aligned(pixels)
+    return pixels if aligned else pixels.copy()
+
+
+def _sizes(pixels: Array) -> tuple[int, int, int]:
+    """Give rows, channels, and the channels of a pack."""
+    channels = pixels.shape[3]
+    width = PACK_BYTES // pixels.dtype.itemsize
+    return pixels.size // max(channels, 1), channels, width if channels % width == 0 else 1
+
+
+def _dense(vector: Array | None, dtype: np.dtype | None = None) -> Array | None:
+    """Give a vector, in a dtype, without gaps; itself where it is so already."""
+    if vector is None or (vector.flags.c_contiguous and dtype in (None, vector.dtype)):
+        return vector
+    return vector.astype(vector.dtype if dtype is None else dtype, order="C")
+
+
+def _kernel(
+    name: str, dtype: np.dtype, vectors: Sequence[Array | None], width: int, flag: bool
+) -> Kernel:
+    """Give an instantiation for elements of dtype and vectors of theirs; all may be None."""
+    vector_dtype = next((one.dtype for one in vectors if one is not None), _sum_dtype(dtype))
+    types = f"{c_name(dtype)}, {c_name(vector_dtype)}, {width}, {str(flag).lower()}"
+    return kernel(SOURCE, f"batch_norm_{name}<{types}>")
+
+
+def _launch(pixels: Array, at_once: int) -> tuple[Shape, Shape]:
+    """Give grid and block: no more blocks than the device can hold, and equal shares of the rows."""
+    rows, channels, width = _sizes(pixels)
+    packs = channels // width
+    lanes = min(MOST_LANES, _power_of_two(packs))
+    columns = -(-packs // lanes)
+    tiles = -(-rows // (THREADS // lanes * at_once))
+    most = max(device_limits().multiprocessors * _resident(width) // columns, 1)
+    shares = -(-tiles // most)
+    return (columns, -(-tiles // shares)), (lanes, THREADS // lanes)
+
+
+def _whole_launch(pixels: Array) -> tuple[Shape, Shape]:
+    """Give grid and block where one block has all rows of its packs."""
+    _, channels, width = _sizes(pixels)
+    packs = channels // width
+    lanes = min(WHOLE_LANES, _power_of_two(packs))
+    return (-(-packs // lanes), 1), (lanes, THREADS // lanes)
+
+
+def _merge_launch(channels: int) -> tuple[Shape, Shape]:
+    return (-(-channels // MERGE_BLOCK[0]), 1), MERGE_BLOCK
+
+
+def _resident(width: int) -> int:
+    """Give how many blocks a multiprocessor holds, as in normalization.cu."""
+    return 3 if width > 4 else 4
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradengine.kernels.cuda import conv2d, normalization, pooling
+from gradengine.kernels.cuda import conv2d, pooling
 from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
 from tests.kernels import references as reference
 
@@ -48,28 +48,3 @@ def test_gradients_of_overlapping_windows():
     by_x = pooling.max_pool2d_scatter(out, indices, largest)
     assert by_x.dtype == np.float16
     np.testing.assert_array_equal(by_x, x)
-
-
-def test_batch_norm(x, rng):
-    weight, bias, grad = (
-        rng.standard_normal(4),
-        rng.standard_normal(4),
-        rng.standard_normal(x.shape),
-    )
-    half = [array.astype(np.float16) for array in (weight, bias, grad)]
-    out, mean, inv_std, _ = normalization.batch_norm_act(x, half[0], half[1], None, False, 1e-5)
-    expected = reference.batch_norm(x, half[0], half[1], 1e-5)
-    assert_half_close(out, expected[0])
-    assert mean.dtype == inv_std.dtype == np.float32
-    np.testing.assert_allclose(mean, expected[1], rtol=1e-5)
-    np.testing.assert_allclose(inv_std, 1 / np.sqrt(expected[2] + 1e-5), rtol=1e-5)
-    arguments = [half[2], x, half[0], mean, inv_std]
-    doubles = [array.astype(np.float64) for array in arguments]
-    gradients, wanted_gradients = (
-        normalization.batch_norm_act_grad(grad, x, None, None, weight, mean, inv_std, False, False)[
-            :3
-        ]
-        for grad, x, weight, mean, inv_std in (arguments, doubles)
-    )
-    for got, wanted in zip(gradients, wanted_gradients, strict=True):
-        assert_half_close(got, wanted)

@@ -297,16 +297,16 @@ def test_running_statistics_move_in_place(known, dtype, place, rng):
     x, weight, bias = make(SHAPES[0], rng, dtype)
     mean, variance = reference.batch_norm(x, None, None, EPS)[1:]
     moments = (mean, variance) if known else None
-    running = [place._give(np.full(5, value, dtype)) for value in (0.5, 2)]
+    running = [place.give(np.full(5, value, dtype)) for value in (0.5, 2)]
     place("batch_norm_act", x, weight, bias, None, False, EPS, moments, *running, 0.3)
-    assert_close(place._take(running[0]), 0.7 * 0.5 + 0.3 * mean, dtype)
-    assert_close(place._take(running[1]), 0.7 * 2 + 0.3 * variance * (84 / 83), dtype)
+    assert_close(place.take(running[0]), 0.7 * 0.5 + 0.3 * mean, dtype)
+    assert_close(place.take(running[1]), 0.7 * 2 + 0.3 * variance * (84 / 83), dtype)
 
 
 def test_an_empty_batch_leaves_running_statistics_alone(place):
     x, ones = np.zeros((0, 3, 2, 2)), np.ones(3)
     for moments in (None, (np.zeros(3), np.zeros(3))):
-        running = [place._give(np.full(3, value)) for value in (0.5, 2.0)]
+        running = [place.give(np.full(3, value)) for value in (0.5, 2.0)]
         place("batch_norm_act", x, ones, ones, None, True, EPS, moments, *running, 0.3)
-        np.testing.assert_array_equal(place._take(running[0]), 0.5)
-        np.testing.assert_array_equal(place._take(running[1]), 2)
+        np.testing.assert_array_equal(place.take(running[0]), 0.5)
+        np.testing.assert_array_equal(place.take(running[1]), 2)
