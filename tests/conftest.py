@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -48,11 +49,29 @@ def _uses_torch(item: pytest.Item) -> bool:
     )
 
 
+@cache
+def _nvrtc_unavailable_reason() -> str | None:
+    """Return why CUDA sources cannot be compiled here, or None."""
+    if find_spec("cupy") is None:
+        return "CuPy is not installed"
+    try:
+        from cupy_backends.cuda.libs import nvrtc  # pyright: ignore[reportMissingImports]
+
+        nvrtc.getVersion()
+    except Exception as error:  # the libraries that CuPy loads may lack anything
+        return f"NVRTC is not usable: {error}"
+    return None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, saying why, what this machine cannot run."""
     if item.get_closest_marker("gpu"):
         reason = cuda_unavailable_reason()
         if reason is not None:
             pytest.skip(f"CUDA is not usable: {reason}")
+    if item.get_closest_marker("nvrtc"):
+        reason = _nvrtc_unavailable_reason()
+        if reason is not None:
+            pytest.skip(reason)
     if item.get_closest_marker("pytorch") and find_spec("torch") is None:
         pytest.skip("PyTorch is not installed")

@@ -1,0 +1,95 @@
+"""Every CUDA kernel compiles for every architecture and keeps its values in registers.
+
+Needs NVRTC and no GPU. To be done in minutes, each kernel is compiled for one architecture here, in
+turn, so that each architecture gets kernels of each source; `machine_code.py` is a command that
+compiles all for all. With -v the registers are printed.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gradengine.kernels.cuda.compiler import FOLDER, shipped_kernels
+from tests.kernels.machine_code import ARCHITECTURES, compile_kernels, known_architectures, table
+
+pytestmark = pytest.mark.nvrtc
+
+CASES = [
+    (source, architecture)
+    for source in sorted(path.name for path in FOLDER.glob("*.cu"))
+    for architecture in ARCHITECTURES
+]
+
+
+def share(source, architecture):
+    """Return the kernels of a source that are compiled for an architecture: each one once."""
+    names, known = shipped_kernels()[source], known_architectures()
+    # Neighbours in the list are alike. Fewer kernels than architectures: some are compiled again.
+    first = known.index(architecture)
+    return names[first :: len(known)] or names[first % len(names) :][:1]
+
+
+@pytest.fixture(scope="module")
+def reports(request):
+    """Compile all cases, as many at a time as there are cores; give each one's future report."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            (source, architecture): pool.submit(
+                compile_kernels, source, share(source, architecture), architecture
+            )
+            for source, architecture in CASES
+            if architecture in known_architectures()
+        }
+        yield jobs
+        kernels = [kernel for job in jobs.values() if job.done() for kernel in job.result().kernels]
+        if request.config.get_verbosity() > 0:
+            request.config.get_terminal_writer().write(f"\n{table(kernels)}\n")
+
+
+@pytest.mark.parametrize(("source", "architecture"), CASES, ids=["-".join(case) for case in CASES])
+def test_values_stay_in_registers(source, architecture, reports):
+    if architecture not in known_architectures():
+        pytest.skip(f"the installed NVRTC does not compile for {architecture}")
+    report = reports[source, architecture].result()
+    assert {kernel.name for kernel in report.kernels} == {
+        f"{source}: {name}" for name in share(source, architecture)
+    }
+    assert not report.faults()
+
+
+def test_every_kernel_has_its_turn():
+    for source, names in shipped_kernels().items():
+        shares = [share(source, architecture) for architecture in known_architectures()]
+        assert {name for part in shares for name in part} == set(names)
+        assert all(shares)
+
+
+def test_a_kernel_that_spills_is_found(tmp_path):
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        """
+        __global__ void __launch_bounds__(1024, 2) spills(const float* x, float* y) {
+            float kept[96];
+            for (int pass = 0; pass < 2; ++pass)
+        #pragma unroll
+                for (int i = 0; i < 96; ++i)
+                    kept[i] = pass ? kept[i] * x[threadIdx.x] + kept[95 - i] : x[96 * threadIdx.x + i];
+        #pragma unroll
+            for (int i = 0; i < 96; ++i) y[96 * threadIdx.x + i] = kept[i];
+        }
+        __global__ void indexed(const float* x, float* y, int at) {
+            float kept[32];
+            for (int i = 0; i < 32; ++i) kept[i] = x[i];
+            kept[at] = 0;
+            for (int i = 0; i < 32; ++i) y[i] = kept[(i + at) % 32];
+        }
+        __global__ void warns(float* y) { int unused; y[threadIdx.x] = 0; }
+        """
+    )
+    report = compile_kernels(str(source), ["spills", "indexed", "warns"], "sm_90")
+    assert [bool(k.spill_bytes) for k in report.kernels] == [
+        k.name.endswith("spills") for k in report.kernels
+    ]
+    assert len(report.faults()) == 3
+    assert any("unused" in warning for warning in report.warnings)
