@@ -378,7 +378,9 @@ def _walk(
     captured: dict[Node, Any] = {}
     heap = [(-node.index, node) for node in gradients]
     heapq.heapify(heap)
-    with set_grad_enabled(create_graph):
+    first = next(iter(gradients.values()), None)
+    place = devices.on_device_of(first.array if isinstance(first, Variable) else first)
+    with place, set_grad_enabled(create_graph):
         while heap:
             node = heapq.heappop(heap)[1]
             if node.hooks or node.retained_by is not None:

@@ -420,7 +420,8 @@ class Tensor(Variable):
             )
         self._check_writable()
         result = conversion.to_dtype(result, self.dtype)
-        self.array[...] = result.array
+        with devices.on_device_of(self.array):
+            self.array[...] = result.array
         if recorded:
             self.node = result.node
         self._stamp()
@@ -457,7 +458,8 @@ class Tensor(Variable):
             self._write(indexing.setitem(self, index, value))
         else:
             self._check_writable()
-            indexing.setitem_in_place(self.array, index, conversion.array_of(value))
+            with devices.on_device_of(self.array):
+                indexing.setitem_in_place(self.array, index, conversion.array_of(value))
             self._stamp()
 
     def copy_(self, source: Any) -> Tensor:
@@ -475,15 +477,17 @@ class Tensor(Variable):
     def uniform_(self, low: builtins.float = 0, high: builtins.float = 1) -> Tensor:
         """Overwrite with numbers drawn evenly from [low, high)."""
         drawn = random.uniform(self.shape, self._float_dtype("uniform_"), self.device)
-        drawn *= high - low
-        drawn += low
+        with devices.on_device_of(drawn):
+            drawn *= high - low
+            drawn += low
         return self.copy_(drawn)
 
     def normal_(self, mean: builtins.float = 0, std: builtins.float = 1) -> Tensor:
         """Overwrite with numbers drawn from the normal distribution."""
         drawn = random.normal(self.shape, self._float_dtype("normal_"), self.device)
-        drawn *= std
-        drawn += mean
+        with devices.on_device_of(drawn):
+            drawn *= std
+            drawn += mean
         return self.copy_(drawn)
 
     def _float_dtype(self, name: str) -> np.dtype[Any]:

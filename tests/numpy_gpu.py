@@ -1,6 +1,7 @@
 """A stand-in for CuPy and its graphs: arrays of NumPy whose work can be recorded and replayed.
 
-Functions and methods of its arrays are NumPy's, kernels are launched on the emulator. While a run is
+Functions and methods of its arrays are NumPy's, kernels are launched on the emulator. There are two
+GPUs, and work on the arrays of one that is not the current one is refused. While a run is
 captured, each of them is noted with its arguments, and at the end of the capture all memory is as it
 was before, memory that is new holding NaN: as on a GPU, nothing has been computed yet. Whatever
 would copy to or from the CPU then, or call cuBLAS, raises what CuPy raises.
@@ -28,6 +29,10 @@ METHODS = (
     *("round", "searchsorted", "sort", "squeeze", "std", "sum", "swapaxes", "take", "transpose"),
     *("var", "view", "__getitem__", "__setitem__"),
 )
+VIEWS = (
+    *("__getitem__", "broadcast_to", "expand_dims", "ravel", "reshape", "squeeze", "swapaxes"),
+    *("transpose", "view"),
+)
 CUBLAS = ("dot", "einsum", "inner", "matmul", "tensordot", "vdot")
 READS = ("item", "tolist", "tobytes", "__array__", "__bool__", "__float__", "__index__", "__int__")
 
@@ -50,8 +55,13 @@ class Recorder:
             )
         if any(_is_foreign(value) for value in _flat((arguments, list(keywords.values())))):
             raise TypeError(f"{function}: arrays of CuPy and of NumPy do not mix")
+        given = (arguments, list(keywords.values()))
         arguments, keywords = _plain(arguments), _plain(keywords)
         results = function(*arguments, **keywords)
+        if getattr(function, "__name__", "") in VIEWS and np.shares_memory(results, arguments[0]):
+            with given[0][0].device:
+                return self._wrapped(results)
+        self.check_devices(given)
         wrapped = self._wrapped(results)
         if self.noted is not None:
             self.noted.append(lambda: _overwrite(wrapped, function(*arguments, **keywords)))
@@ -64,10 +74,17 @@ class Recorder:
         return array
 
     def launch(self, kernel: Callable[..., None], *arguments: Any) -> None:
+        self.check_devices(arguments)
+        arguments = _plain(arguments)
         if self.noted is None:
             kernel(*arguments)
         else:
             self.noted.append(lambda: kernel(*arguments))
+
+    def check_devices(self, values: Any) -> None:
+        for value in _flat(values):
+            if isinstance(value, GpuArray) and value.device is not CURRENT[-1]:
+                raise RuntimeError(f"an array of {value.device} is used on {CURRENT[-1]}")
 
     def capture(self, work: Callable[[], Any]) -> tuple[Any, list[Callable[[], None]]]:
         before = {key: array.copy() for key, array in self._buffers()}
@@ -112,9 +129,12 @@ recorder = Recorder()
 class GpuArray(np.ndarray):
     """What the stand-in calls cupy.ndarray."""
 
+    def __array_finalize__(self, source: Any) -> None:
+        self._device = source.device if isinstance(source, GpuArray) else CURRENT[-1]
+
     @property
     def device(self) -> Any:
-        return DEVICE
+        return self._device
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Any:
         call = ufunc if method == "__call__" else getattr(ufunc, method)
@@ -156,15 +176,20 @@ for _name in READS:
 
 
 class _Device:
-    """The only GPU, as CuPy describes one."""
+    """A GPU, as CuPy describes one."""
 
-    id = 0
+    def __init__(self, index: int) -> None:
+        self.id = index
+
+    def __repr__(self) -> str:
+        return f"<CUDA Device {self.id}>"
 
     def __enter__(self) -> _Device:
+        CURRENT.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        CURRENT.pop()
 
     def synchronize(self) -> None:
         if recorder.noted is not None:
@@ -173,7 +198,8 @@ class _Device:
             )
 
 
-DEVICE = _Device()
+DEVICES = (_Device(0), _Device(1))
+CURRENT = [DEVICES[0]]
 
 
 class FakeCupy(ModuleType):
@@ -183,8 +209,8 @@ class FakeCupy(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("cupy")
-        runtime = SimpleNamespace(getDeviceCount=lambda: 1)
-        self.cuda: Any = SimpleNamespace(runtime=runtime, Device=lambda index=0: DEVICE)
+        runtime = SimpleNamespace(getDeviceCount=lambda: len(DEVICES))
+        self.cuda: Any = SimpleNamespace(runtime=runtime, Device=DEVICES.__getitem__)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(np, name)
@@ -196,8 +222,10 @@ class FakeCupy(ModuleType):
     def asarray(self, values: Any, *arguments: Any, **keywords: Any) -> GpuArray:
         if not isinstance(values, GpuArray):
             recorder.refuse("H2D transfers")
-            values = np.array(values)
-        return recorder.run(np.asarray, values.view(GpuArray), *arguments, **keywords)
+            values = np.array(values).view(GpuArray)
+        elif values.device is not CURRENT[-1]:
+            values = _plain(values).copy().view(GpuArray)
+        return recorder.run(np.asarray, values, *arguments, **keywords)
 
     def array(self, values: Any, *arguments: Any, **keywords: Any) -> GpuArray:
         if not isinstance(values, GpuArray):
@@ -212,24 +240,28 @@ class RecordingEmulator(Emulator):
     """The emulator, whose launches can be recorded."""
 
     def load(self, source: str, name: str) -> Callable[..., None]:
-        kernel = super().load(source, name)
-        return lambda *arguments: recorder.launch(kernel, *map(_plain, arguments))
+        return partial(recorder.launch, super().load(source, name))
+
+    def device(self) -> int:
+        return CURRENT[-1].id
 
 
 class FakeGraphs:
     """What the stand-in captures; `captured` and `launched` count."""
 
     def __init__(self, device: int) -> None:
-        assert device == 0
         self.xp = CUPY
+        self.device = DEVICES[device]
         self.captured = self.launched = 0
 
     def run(self, work: Callable[[], Any]) -> Any:
-        return work()
+        with self.device:
+            return work()
 
     def capture(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         self.captured += 1
-        return recorder.capture(work)
+        with self.device:
+            return recorder.capture(work)
 
     def launch(self, graph: Sequence[Callable[[], None]]) -> None:
         self.launched += 1

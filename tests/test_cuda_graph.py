@@ -46,7 +46,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list
         request.getfixturevalue("emulated_cuda")
         monkeypatch.setitem(sys.modules, "cupy", numpy_gpu.CUPY)
         monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: None)
-        monkeypatch.setattr(devices, "device_count", lambda: 1)
+        monkeypatch.setattr(devices, "device_count", lambda: len(numpy_gpu.DEVICES))
         monkeypatch.setattr(launch, "runtime", numpy_gpu.RecordingEmulator())
     # Steps without a graph multiply by the same kernels as those with one
     monkeypatch.setattr(matmul, "in_step", lambda: True)
@@ -178,6 +178,27 @@ def test_clipping_is_captured(gpu: Any) -> None:
     for batch in batches(3):
         assert replayed(*on_gpu(batch)).item() == plain(*on_gpu(batch)).item() > 0.1
         assert captured.state() == eager.state()
+
+
+def test_numbers_and_tables_of_operations_are_captured(gpu: Any) -> None:
+    kept = ge.ones(2, 2)
+
+    def step(x: Any) -> Any:
+        kept.zero_()
+        kept.fill_(2.0)
+        chosen = ge.where(x[0, 0] > 0, x[0, 0], -1.0) + kept
+        larger = nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+        return chosen, larger, x.masked_fill(x > 1, 0.5)
+
+    captured = ge.cuda.graph(step, warmup=1)
+    generator = np.random.default_rng(4)
+    for _ in range(3):
+        x = ge.tensor(generator.standard_normal((1, 1, 2, 2), np.float32))
+        for found, expected in zip(captured(x), step(x), strict=True):
+            assert found.tolist() == expected.tolist()
+    assert gpu[0].captured == 1
+    other = ge.cuda.graph(lambda x: ge.zeros_like(x).fill_(x.shape[0]), warmup=1)
+    assert [other(x).tolist() for _ in range(3)] == [[[[[1, 1], [1, 1]]]]] * 3
 
 
 # ---- gradients -------------------------------------------------------------------------------------
@@ -558,6 +579,47 @@ def test_a_captured_step_in_another_is_refused(gpu: Any) -> None:
     with pytest.raises(RuntimeError, match="cannot be part of another captured step"):
         outer(x)
     assert inner(x).item() == 1
+
+
+# ---- on another GPU than the current one -----------------------------------------------------------
+
+
+@pytest.fixture
+def second_gpu(gpu: Any) -> None:
+    if devices.device_count() < 2:
+        pytest.skip("there is one GPU")
+    ge.set_default_device("cuda:1")
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Adam])
+def test_training_works_on_the_arrays_device(kind: Any, second_gpu: Any) -> None:
+    training = Training(kind, dropout=True, weight_decay=0.1)
+    step = ge.cuda.graph(training.step, warmup=2)
+    for batch in batches(4):
+        loss, _ = step(*on_gpu(batch))
+        assert loss.device == ge.device("cuda:1")
+    training.optimizer.zero_grad(set_to_none=False)
+    nn.clip_grad_norm_(training.model.parameters(), 1.0)
+    state = training.optimizer.state_dict()
+    training.optimizer.load_state_dict(state)
+    kept = [kept for each in training.optimizer.state.values() for kept in each.values()]
+    assert {value.device for value in kept if hasattr(value, "device")} <= {ge.device("cuda:1")}
+
+
+@pytest.mark.parametrize(
+    "initialize",
+    [
+        *(nn.init.ones_, nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_),
+        *(nn.init.xavier_normal_, nn.init.kaiming_uniform_),
+    ],
+)
+def test_tensors_are_initialized_on_their_device(initialize: Any, second_gpu: Any) -> None:
+    tensor = initialize(ge.zeros(20, 20))
+    assert tensor.device == ge.device("cuda:1")
+    ge.manual_seed(1)
+    values = initialize(tensor).tolist()
+    ge.manual_seed(1)
+    assert initialize(ge.zeros(20, 20, device="cpu")).tolist() == values
 
 
 # ---- on a GPU alone --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradengine import functional as F
+from gradengine.devices import on_device_of
 from gradengine.factories import ones, tensor, zeros
 from gradengine.nn import init
 from gradengine.nn.module import Module
@@ -92,7 +93,8 @@ class _BatchNorm(Module):
         # Without momentum, the running statistics are the plain average over all batches so far.
         momentum = 1 / (count.item() + 1) if self.momentum is None else self.momentum
         out = self._batch_norm(x, True, momentum, epilogue)
-        count.array += 1
+        with on_device_of(count.array):
+            count.array += 1
         count.written()
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from gradengine import devices
@@ -64,7 +65,11 @@ def overwrite(x: Any, value: Any) -> Any:
     Raises RuntimeError if value's shape cannot be broadcast to x's.
     """
     if not hasattr(value, "dtype"):
-        value = devices.array_module(array_of(x)).asarray(value, dtype=x.dtype)
+        xp = devices.array_module(array_of(x))
+        # A number is not copied from the CPU, which would be refused while a step is captured
+        make = partial(xp.full, ()) if isinstance(value, (bool, int, float)) else xp.asarray
+        with devices.on_device_of(array_of(x)):
+            value = make(value, dtype=x.dtype)
     value = to_device(to_dtype(value, x.dtype), devices.device_of(array_of(x)))
     try:
         return _overwrite(x, value)

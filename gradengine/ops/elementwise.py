@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from gradengine import kernels
-from gradengine.devices import array_module
+from gradengine.devices import array_module, on_device_of
 from gradengine.dtypes import bool_, is_floating_point, narrowed, result_type, widened
 from gradengine.operation import array_of, conform, elementwise, operation, sum_to_shape
 from gradengine.ops.conversion import kept_for_backward
@@ -386,7 +386,8 @@ def _select(condition: Any, x: Any, y: Any) -> Any:
     """Choose between arrays of one dtype, or an array and a number, which becomes an array of that dtype."""
     array = array_of(x if hasattr(x, "dtype") else y)
     xp = array_module(array)
-    x, y = (v if hasattr(v, "dtype") else xp.asarray(v, dtype=array.dtype) for v in (x, y))
+    with on_device_of(array):
+        x, y = (v if hasattr(v, "dtype") else xp.full((), v, array.dtype) for v in (x, y))
     return _where(x, y, condition=array_of(condition))
 
 
@@ -408,7 +409,7 @@ def where(condition: Any, x: Any = None, y: Any = None) -> Any:
             f"where: condition must be a bool tensor (condition.dtype == bool); got {kind}"
         )
     if not hasattr(x, "dtype") and not hasattr(y, "dtype"):
-        x = Variable.Result(array_module(array_of(condition)).asarray(x, dtype=result_type(x, y)))
+        x = Variable.Result(array_module(array_of(condition)).full((), x, result_type(x, y)))
     return _select(kept_for_backward(condition, x, y), *conform("where", x, y))
 
 

@@ -42,6 +42,7 @@ class Capture:
         self.conditions: list[Callable[[], bool]] = []
         self.written: dict[int, weakref.ref[Any]] = {}
         self.gradients: dict[int, Gradient] = {}
+        self.kept: list[Any] = []
 
     def feed(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any) -> Array:
         """Return an array of the device into which what `read` gives is copied before each replay."""
@@ -108,6 +109,12 @@ def postpone() -> None:
     """Let this run be an ordinary one instead of a captured one, after which this need not be called."""
     if _current.capture is not None:
         raise NotYetError
+
+
+def keep(array: Array) -> None:
+    """Keep an array that a captured step reads, and that its owner may drop before the last replay."""
+    if _current.capture is not None:
+        _current.capture.kept.append(array)
 
 
 def by_value_or_live(

@@ -10,6 +10,7 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels.cuda import launch
+from gradengine.kernels.cuda.capture import keep, postpone
 from gradengine.kernels.cuda.launch import c_name, kernel
 from gradengine.kernels.cuda.layout import PACK_BYTES, THREADS, blocks, is_aligned
 from gradengine.kernels.layout import Array
@@ -82,9 +83,12 @@ def _on_device(like: Array, table: np.ndarray, dtype: Any) -> Array:
     """Give a NumPy table as an array of the current device, copied there the first time."""
     table = np.ascontiguousarray(table, dtype)
     device = launch.runtime.device()
-    return _kept_table(array_module(like), device, table.tobytes(), table.dtype)
+    found = _kept_table(array_module(like), device, table.tobytes(), table.dtype)
+    keep(found)
+    return found
 
 
 @lru_cache(CACHED_TABLES)
 def _kept_table(xp: Any, device: int, content: bytes, dtype: np.dtype) -> Array:
+    postpone()
     return xp.asarray(np.frombuffer(content, dtype))  # waits for the copy
