@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -579,6 +580,164 @@ def test_a_captured_step_in_another_is_refused(gpu: Any) -> None:
     with pytest.raises(RuntimeError, match="cannot be part of another captured step"):
         outer(x)
     assert inner(x).item() == 1
+
+
+# ---- CuPy's part -----------------------------------------------------------------------------------
+
+
+class LoggedCuda:
+    """The part of cupy.cuda that `CupyGraphs` uses: notes the calls, and may run out of memory."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.left = 100
+        self.ending: Exception | None = None
+        self.runtime = SimpleNamespace(CUDARuntimeError=OutOfMemoryError, errorMemoryAllocation=2)
+        self.outside = LoggedStream(self, "outside")
+
+    def Stream(self, non_blocking: bool) -> Any:  # noqa: N802 - CuPy's names
+        assert non_blocking  # else work on the default stream would be part of a capture
+        return LoggedStream(self, "own")
+
+    def Event(self, disable_timing: bool) -> str:  # noqa: N802
+        return "event"
+
+    def Device(self, index: int) -> Any:  # noqa: N802
+        return Logged(self, f"device {index}")
+
+    def get_current_stream(self) -> Any:
+        return self.outside
+
+    def using_allocator(self, allocator: Any) -> Any:
+        self.allocator = allocator
+        return Logged(self, "allocator")
+
+    def Memory(self, size: int) -> int:  # noqa: N802
+        if size > self.left:
+            raise OutOfMemoryError
+        self.left -= size
+        return size
+
+    def MemoryPointer(self, memory: int, offset: int) -> int:  # noqa: N802
+        return memory
+
+    def MemoryPool(self, allocator: Any) -> Any:  # noqa: N802
+        return LoggedPool(self, allocator)
+
+
+class OutOfMemoryError(RuntimeError):
+    status = 2
+
+
+class Logged:
+    """Something current in a `with` statement."""
+
+    def __init__(self, cuda: LoggedCuda, name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def __enter__(self) -> None:
+        self.cuda.log.append(f"({self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        self.cuda.log.append(f"{self.name})")
+
+
+class LoggedStream(Logged):
+    def record(self, event: str) -> str:
+        self.cuda.log.append(f"{self.name} records")
+        return event
+
+    def wait_event(self, event: str) -> None:
+        self.cuda.log.append(f"{self.name} waits")
+
+    def begin_capture(self) -> None:
+        self.cuda.log.append("begin")
+
+    def end_capture(self) -> Any:
+        self.cuda.log.append("end")
+        if self.cuda.ending is not None:
+            raise self.cuda.ending
+        return SimpleNamespace(launch=lambda: self.cuda.log.append("launch"))
+
+
+class LoggedPool:
+    """Holds what it got; where there is no more, it gives back what is unused and tries again."""
+
+    def __init__(self, cuda: LoggedCuda, allocator: Any) -> None:
+        self.cuda, self.allocator = cuda, allocator
+        self.bytes = self.unused = 0
+
+    def malloc(self, size: int) -> int:
+        try:
+            self.allocator(size)
+        except OutOfMemoryError:
+            self.free_all_blocks()
+            self.allocator(size)
+        self.bytes += size
+        return size
+
+    def free_all_blocks(self) -> None:
+        self.bytes -= self.unused
+        self.cuda.left += self.unused
+        self.unused = 0
+
+    def total_bytes(self) -> int:
+        return self.bytes
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> LoggedCuda:
+    made = LoggedCuda()
+    module = ModuleType("cupy")
+    module.__dict__["cuda"] = made
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return made
+
+
+WITHIN = ["(device 1", "(own", "(allocator"]
+OUT = ["allocator)", "own)"]
+
+
+def test_runs_before_a_capture_are_ordered_with_the_current_stream(cuda: LoggedCuda) -> None:
+    graphs = capture.CupyGraphs(1)
+    cuda.log.clear()
+    assert graphs.run(lambda: cuda.allocator(60)) == 60
+    expected = ["outside records", "own waits", *WITHIN[1:], *OUT, "own records", "outside waits"]
+    assert cuda.log == ["(device 1", *expected, "device 1)"]
+    with pytest.raises(KeyError):
+        graphs.run(lambda: {}["x"])
+    assert cuda.log[-3:] == ["own records", "outside waits", "device 1)"]
+    assert cuda.log.count("(own") == cuda.log.count("own)") == 2
+
+
+def test_a_capture_ends_whatever_happens(cuda: LoggedCuda) -> None:
+    graphs = capture.CupyGraphs(1)
+    cuda.log.clear()
+    result, graph = graphs.capture(lambda: cuda.allocator(10))
+    assert (result, cuda.log) == (10, [*WITHIN, "begin", "end", *OUT, "device 1)"])
+    graphs.launch(graph)
+    assert cuda.log[-3:] == ["(device 1", "launch", "device 1)"]
+    cuda.ending = RuntimeError("cudaErrorStreamCaptureInvalidated")
+    for work, error in ((lambda: {}["x"], KeyError), (lambda: None, RuntimeError)):
+        cuda.log.clear()
+        with pytest.raises(error):
+            graphs.capture(work)
+        assert cuda.log == [*WITHIN, "begin", "end", *OUT, "device 1)"]
+
+
+def test_no_memory_that_a_capture_uses_is_given_back(cuda: LoggedCuda) -> None:
+    graphs = capture.CupyGraphs(1)
+    pool = graphs._pool
+    graphs.run(lambda: cuda.allocator(60))
+    pool.unused = 60
+    assert graphs.run(lambda: cuda.allocator(70)) == 70  # an ordinary run may
+    pool.unused = 70
+    with pytest.raises(MemoryError, match="too little memory on the device to capture"):
+        graphs.capture(lambda: cuda.allocator(60))
+    assert pool.unused == 70
+    with pytest.raises(MemoryError, match="too little memory on the device to capture"):
+        graphs.capture(pool.free_all_blocks)  # as a limit of the pool's size makes it
+    assert graphs.capture(lambda: cuda.allocator(60))[0] == 60
 
 
 # ---- on another GPU than the current one -----------------------------------------------------------

@@ -244,7 +244,7 @@ class _Reserve:
         try:
             pointer = cuda.MemoryPointer(cuda.Memory(size), 0)
         except cuda.runtime.CUDARuntimeError as error:
-            if not self.capturing:
+            if not self.capturing or error.status != cuda.runtime.errorMemoryAllocation:
                 raise
             raise MemoryError(_TOO_LITTLE_MEMORY) from error
         self.bytes += size
