@@ -12,8 +12,8 @@
 //
 // Groups are products of their own. Where groups are too narrow to fill a tile, such as in depthwise
 // convolutions, the kernels named `direct_...` give one element of the result to each thread instead.
-#include <indices.cuh>
 #include <plain_tile.cuh>
+#include <pixels.cuh>
 
 struct Convolution {
     int batch, height, width, in_channels;
@@ -31,51 +31,6 @@ struct Convolution {
 
 DEVICE int ceil_divide(int a, int b) { return (a + b - 1) / b; }
 DEVICE long long ceil_divide(long long a, int b) { return (a + b - 1) / b; }
-
-// Image, row and column of a pixel, counted through (batch, height, width).
-struct Pixel {
-    long long image;
-    int row, column;
-
-    DEVICE Pixel(long long number, int height, int width) {
-        const long long rows = quotient(number, width);
-        image = quotient(rows, height);
-        row = int(rows - image * height);
-        column = int(number - rows * width);
-    }
-};
-
-// Three digits of a mixed base, such as (image, row, column), that count on by one fixed step.
-struct Digits {
-    int outer, middle, inner;
-    int middle_base, inner_base;
-    int outer_step, middle_step, inner_step;
-
-    DEVICE Digits(long long value, int step, int middle_base, int inner_base)
-        : middle_base(middle_base), inner_base(inner_base) {
-        const Pixel digits(value, middle_base, inner_base);
-        outer = int(digits.image);
-        middle = digits.row;
-        inner = digits.column;
-        outer_step = step / inner_base / middle_base;
-        middle_step = step / inner_base % middle_base;
-        inner_step = step % inner_base;
-    }
-
-    DEVICE void advance() {
-        inner += inner_step;
-        middle += middle_step;
-        outer += outer_step;
-        if (inner >= inner_base) {
-            inner -= inner_base;
-            ++middle;
-        }
-        if (middle >= middle_base) {
-            middle -= middle_base;
-            ++outer;
-        }
-    }
-};
 
 // How pixels and taps meet on one axis: tap t of pixel i reads the source at start + i * step + t * tap_step.
 struct Axis {
@@ -458,26 +413,4 @@ direct_grad_weight(const T* __restrict__ grad, const T* __restrict__ x,
     if (row != 0 || !valid) return;
     for (int i = 1; i < ROWS; ++i) sum += sums[i * 32 + lane];
     partials[((long long)blockIdx.y * c.out_channels + output) * columns + column] = sum;
-}
-
-// ---- slices ------------------------------------------------------------------------------------------------
-
-// out[i] = the sum of partials[slice][i] over all slices, always in the same order: every 8th slice by one of 8
-// threads, then these in turn. Blocks are 32 elements x 8.
-template <typename Sum, typename T>
-__global__ void __launch_bounds__(256)
-add_slices(const Sum* __restrict__ partials, T* __restrict__ out, long long count, long long slices) {
-    constexpr int ROWS = 8;
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
-    const long long element = (long long)blockIdx.x * 32 + lane;
-    Sum sum = 0;
-    if (element < count) {
-        for (long long slice = row; slice < slices; slice += ROWS) sum += partials[slice * count + element];
-    }
-    Sum* sums = dynamic_shared_memory<Sum>();  // (ROWS, 32)
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (row != 0 || element >= count) return;
-    for (int i = 1; i < ROWS; ++i) sum += sums[i * 32 + lane];
-    out[element] = from_float<T>(sum);
 }

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.launch import c_name, device_limits, kernel
+from gradengine.kernels.cuda import slices
+from gradengine.kernels.cuda.launch import c_name, kernel
 from gradengine.kernels.cuda.tiles import (
     DOUBLE_TILE,
     PLAIN_DEPTH,
@@ -47,9 +48,8 @@ _CONVOLUTION = np.dtype(
 # makes one element of the result instead.
 NARROW_GROUP = 8
 
-# The sums over the slices of a deep product: their memory, and the least depth worth a slice.
-PARTIAL_BYTES = 16 << 20
-SLICE_SLABS = 16
+# The least depth worth a slice.
+SLICE_PIXELS = 128
 
 
 def _instances() -> list[str]:
@@ -64,8 +64,7 @@ def _instances() -> list[str]:
             for tile in tiles
         ]
         names += [f"direct_{name}<{element}>" for name in ("forward", "grad_input", "grad_weight")]
-    sums = [("float", out) for out in ("float16", "bfloat16", "float")] + [("double", "double")]
-    return names + [f"add_slices<{total}, {out}>" for total, out in sums]
+    return names
 
 
 # All that may be compiled: source and names of kernels.
@@ -143,45 +142,18 @@ def grad_weight(
         blocks = -(-geometry.out_channels // 32) * columns
     else:
         blocks = covering(tile, outputs, columns) * geometry.groups
-    sums = sum_dtype(x.dtype)
-    slices, slice_pixels = slice_plan(
-        pixels, PLAIN_DEPTH, SLICE_SLABS, blocks, out.size * sums.itemsize
-    )
-    partials = xp.empty((slices, *out.shape), sums)
-    arguments = (grad, x, partials, convolution(geometry), slice_pixels)
+    share = slices.plan(pixels, PLAIN_DEPTH, SLICE_PIXELS, blocks, 2, out.size)
+    partials = xp.empty((share.slices, out.shape[0], columns // inputs, inputs), sum_dtype(x.dtype))
+    arguments = (grad, x, partials, convolution(geometry), share.depth)
     if narrow:
         run = kernel(SOURCE, f"direct_grad_weight<{c_name(x.dtype)}>")
-        run((blocks, slices), (256,), arguments, 256 * sums.itemsize)
+        run((blocks, share.slices), (256,), arguments, 256 * partials.dtype.itemsize)
     else:
         name = f"grad_weight<{c_name(x.dtype)}, {vector}, {', '.join(map(str, tile))}>"
-        grid, shared = (blocks * slices,), tile.shared_bytes(x.dtype)
+        grid, shared = (blocks * share.slices,), tile.shared_bytes(x.dtype)
         kernel(SOURCE, name)(grid, (tile.threads,), arguments, shared)
-    add_slices(partials, out)
+    slices.add_slices(partials, out.reshape(partials.shape[1:]))
     return from_nhwc(out)
-
-
-def add_slices(partials: Array, out: Array) -> None:
-    """Write the sum of partials (slices, ...) over its first axis to out (...), both contiguous."""
-    name = f"add_slices<{c_name(partials.dtype)}, {c_name(out.dtype)}>"
-    shared = 256 * partials.dtype.itemsize
-    run = kernel(SOURCE, name)
-    run((-(-out.size // 32),), (256,), (partials, out, out.size, len(partials)), shared)
-
-
-def slice_plan(
-    depth: int, slab: int, least_slabs: int, blocks: int, result_bytes: int
-) -> tuple[int, int]:
-    """Choose (slices, depth of a slice), so that slices of `blocks` blocks keep the device busy.
-
-    A slice's depth is a multiple of `slab`. There are about two blocks for each multiprocessor,
-    unless slices became shallower than `least_slabs` slabs or their results, of `result_bytes`
-    each, larger than PARTIAL_BYTES together.
-    """
-    slabs = -(-depth // slab)
-    wanted = 2 * device_limits().multiprocessors // blocks
-    slices = max(1, min(wanted, slabs // least_slabs, PARTIAL_BYTES // result_bytes))
-    slice_slabs = -(-slabs // slices)
-    return -(-slabs // slice_slabs), slice_slabs * slab
 
 
 @lru_cache(CACHED_GEOMETRIES)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradengine.kernels.cuda import conv2d_plain, launch, tiles
+from gradengine.kernels.cuda import conv2d_plain, launch, slices, tiles
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.emulator.emulator import Schedule
 from tests.kernels.memory import laid_out
@@ -125,7 +125,8 @@ def test_memory_that_is_not_aligned(emulated_cuda, rng):
         shifted[...] = array
         given.append(shifted)
     check_three_passes(geometry, *arrays, given=tuple(given))
-    assert all("<float, 1," in name for _, name in emulated_cuda.loaded if "add" not in name)
+    names = [name for source, name in emulated_cuda.loaded if source == conv2d_plain.SOURCE]
+    assert all("<float, 1," in name for name in names)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -187,29 +188,10 @@ SLICED = {
 @pytest.mark.parametrize("case", SLICED)
 def test_slices_of_a_deep_product(case, emulated_cuda, rng, monkeypatch):
     plans = []
-    plan = conv2d_plain.slice_plan
-    monkeypatch.setattr(
-        conv2d_plain, "slice_plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1]
-    )
+    plan = slices.plan
+    monkeypatch.setattr(slices, "plan", lambda *sizes: plans.append(plan(*sizes)) or plans[-1])
     check_three_passes(*drawn(SLICED[case], rng))
-    assert plans[0][0] > 3
-
-
-def test_plans_of_slices(emulated_cuda):
-    def planned(depth, blocks, result_bytes):
-        slices, slice_depth = conv2d_plain.slice_plan(depth, 8, 16, blocks, result_bytes)
-        assert (slices - 1) * slice_depth < depth <= slices * slice_depth
-        assert slice_depth % 8 == 0
-        return slices
-
-    wanted = 2 * launch.device_limits().multiprocessors
-    assert planned(1 << 20, 1, 1 << 10) == wanted
-    assert planned(1 << 20, wanted // 2, 1 << 10) == 2
-    assert planned(1 << 20, 10 * wanted, 1 << 10) == 1
-    assert planned(1 << 20, 1, 8 << 20) == 2
-    assert planned(1 << 20, 1, 1 << 30) == 1
-    assert planned(3 * 128, 1, 1 << 10) == 3
-    assert planned(1, 1, 1 << 10) == 1
+    assert plans[0].slices > 3
 
 
 @pytest.mark.parametrize("case", ["several_tiles", "depthwise", SLICED["tiles"]])
