@@ -90,12 +90,36 @@ def test_floats_round_to_the_nearest_bfloat16(machine, rng):
     assert_same_numbers((found.astype(np.uint32) << 16).view(np.float32), expected)
 
 
-def test_rounding_to_tf32_adds_half_of_what_is_dropped(machine, rng):
-    bits = rng.integers(0x00800000, 0x7F000000, 256, dtype=np.uint32)  # normal numbers
-    found = np.empty_like(bits)
-    machine("round_floats_to_tf32", bits, found, block=256)
-    exact, kept = bits.view(np.float32), (found & np.uint32(0xFFFFE000)).view(np.float32)
-    assert (np.abs(kept.astype("f8") / exact - 1) <= 2.0**-11).all()
+def rounded_to_tf32(machine, values):
+    """Return what a tensor core takes of values that go through round_to_tf32."""
+    found = np.empty(values.shape, np.uint32)
+    machine(
+        "round_floats_to_tf32", values.view(np.uint32), found, grid=len(values) // 256, block=256
+    )
+    return (found & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def test_rounding_to_tf32_is_nearly_to_the_nearest_and_without_bias(machine, rng):
+    bits = rng.integers(0x00800000, 0x7F000000, 1 << 14, dtype=np.uint32)  # normal numbers
+    values = bits.view(np.float32) * rng.choice(np.array([-1, 1], np.float32), len(bits))
+    errors = rounded_to_tf32(machine, values).astype(np.float64) - values
+    unit = np.exp2(np.frexp(values)[1].astype(np.float64) - 11)  # in the last place
+    assert (np.abs(errors) <= 0.75 * unit).all()
+    assert abs(np.mean(errors / values)) < 2.0**-15  # dropping bits alone: -(2 ** -11.5)
+
+
+def test_rounding_to_tf32_leaves_what_fits_and_what_is_not_finite(machine, rng):
+    bits = rng.integers(0x00800000, 0x7F000000, 1 << 12, dtype=np.uint32) & np.uint32(0xFFFFE000)
+    bits[:6] = (
+        0,
+        0x80000000,
+        0x7F800000,
+        0xFF800000,
+        0x7FFFFFFF,
+        0xFFFFFFFF,
+    )  # zeros, infinities, NaN
+    values = bits.view(np.float32)
+    assert_same_numbers(rounded_to_tf32(machine, values), values)
 
 
 # ---- copies and shared memory -------------------------------------------------------------------
