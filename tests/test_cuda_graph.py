@@ -444,6 +444,16 @@ def test_inputs_may_be_nested_and_lie_anywhere(gpu: Any) -> None:
         assert text == "text"
 
 
+def test_copying_inputs_is_noticed_by_the_tape(gpu: Any) -> None:
+    captured = ge.cuda.graph(lambda x: x, warmup=2)
+    p = nn.Parameter(ge.tensor([1.0]))
+    for _ in range(4):
+        kept = (p * captured(ge.tensor([2.0]))).sum()
+        captured(ge.tensor([3.0]))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            kept.backward()
+
+
 def test_inputs_keep_their_memory_order_and_are_copied(gpu: Any) -> None:
     strides = []
 
