@@ -1,0 +1,269 @@
+"""Matrix products on the emulated device: any memory, any shape, against products in float64."""
+
+import numpy as np
+import pytest
+
+from gradengine import kernels
+from gradengine.kernels import settings
+from gradengine.kernels.cuda import launch, matmul
+from gradengine.kernels.cuda.tiles import SMALL_TILE, SQUARE_TILE, TALL_TILE, covering
+from tests.emulator.emulator import Schedule
+
+BFLOAT16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, ("float16", "float32", "float64"))
+FORMS = ["NN", "NT", "TN", "TT"]
+
+# Of the result's rounding, and of sums in float32, relative to the sum of absolute products.
+TOLERANCES = {FLOAT16: 1e-3, BFLOAT16: 8e-3, FLOAT32: 2e-6, FLOAT64: 1e-14}
+TF32 = 2.0**-10
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch):
+    monkeypatch.setattr(settings.cuda, "float32_matmul_precision", "highest")
+
+
+@pytest.fixture
+def reduced(monkeypatch):
+    """Let float32 be rounded to tf32."""
+    monkeypatch.setattr(settings.cuda, "float32_matmul_precision", "high")
+
+
+def drawn(rng, dtype, *shape):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def stored(array, transposed):
+    """Give equal values, whose memory runs along the columns if transposed."""
+    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2) if transposed else array
+
+
+def pair(rng, dtype, form, rows, depth, columns):
+    x = stored(drawn(rng, dtype, rows, depth), form[0] == "T")
+    return x, stored(drawn(rng, dtype, depth, columns), form[1] == "T")
+
+
+def check(x, y, tolerance=None):
+    """Compare with a product in float64, each sum by the sum of its absolute products."""
+    exact = np.matmul(x.astype(np.float64), y.astype(np.float64))
+    scale = np.matmul(abs(x).astype(np.float64), abs(y).astype(np.float64))
+    found = kernels.matmul(x, y)
+    assert found.dtype == x.dtype
+    assert found.shape == exact.shape
+    error = abs(found.astype(np.float64) - exact)
+    assert (error <= (tolerance or TOLERANCES[x.dtype]) * scale).all()
+    return found
+
+
+def kinds(emulator):
+    return {name.split("_")[0] for _, name in emulator.loaded}
+
+
+def forms(emulator):
+    """Give the layouts of the kernels used: N is what runs along the rows in memory."""
+    found = set()
+    for _, name in emulator.loaded:
+        left, right = ("CROSS" in part for part in name.split(",")[1:3])
+        found.add("NT"[left] + "TN"[right])
+    return found
+
+
+# ---- without tensor cores --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [(64, 16, 64), (72, 20, 68), (65, 13, 7), (1, 9, 70)])
+def test_float32(sizes, form, emulated_cuda, rng):
+    check(*pair(rng, FLOAT32, form, *sizes))
+    assert kinds(emulated_cuda) == {"plain"}
+    assert sizes[0] == 1 or forms(emulated_cuda) == {form}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float64(form, emulated_cuda, rng):
+    check(*pair(rng, FLOAT64, form, 66, 18, 70))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_16_bits_that_tensor_cores_cannot_load(dtype, emulated_cuda, rng):
+    check(*pair(rng, dtype, "NN", 66, 21, 35))
+    assert kinds(emulated_cuda) == {"plain"}
+
+
+@pytest.mark.parametrize("tile", [SQUARE_TILE, TALL_TILE, SMALL_TILE])
+def test_tiles(tile, emulated_cuda, rng, monkeypatch):
+    monkeypatch.setattr(matmul, "choose_plain_tile", lambda *_: tile)
+    check(*pair(rng, FLOAT32, "NN", 132, 12, 136))
+    check(*pair(rng, FLOAT32, "TT", 131, 9, 133))
+
+
+VIEWS = [
+    lambda x: x[..., ::2, ::3],
+    lambda x: x[..., ::-1, ::3],
+    lambda x: x[..., ::2, ::-1],
+    lambda x: x[..., ::-2, ::-3][::-1],
+    lambda x: np.broadcast_to(x[:, :1, :12], (2, 9, 12)),
+    lambda x: np.broadcast_to(x[:, :9, :1], (2, 9, 12)),
+    lambda x: np.lib.stride_tricks.sliding_window_view(x[0, 0], (12,))[None, :9],
+]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
+def test_views_of_any_strides(view, dtype, emulated_cuda, rng):
+    x, y = view(drawn(rng, dtype, 2, 18, 36)), view(drawn(rng, dtype, 2, 18, 36))
+    check(x, y.swapaxes(-1, -2))
+    check(x.swapaxes(-1, -2), y)
+
+
+def test_a_field_of_packed_records(emulated_cuda, rng):
+    x, y = (
+        np.zeros(shape, [("sign", "i1"), ("value", "f4")])["value"] for shape in ((5, 6), (6, 7))
+    )
+    x[...], y[...] = drawn(rng, FLOAT32, 5, 6), drawn(rng, FLOAT32, 6, 7)
+    assert x.strides[1] == 5
+    check(x, y)
+
+
+def test_memory_that_is_not_aligned(emulated_cuda, reduced, rng):
+    x = np.empty(16 * 16 + 1, FLOAT32)[1:].reshape(16, 16)
+    x[...] = drawn(rng, FLOAT32, 16, 16)
+    check(x, drawn(rng, FLOAT32, 16, 16))
+    assert {name for _, name in emulated_cuda.loaded} == {
+        "plain_matmul<float, Layout::DEPTHWISE, Layout::CROSSWISE, 1, 64, 64, 8, 8>"
+    }
+
+
+# ---- tensor cores ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)
+def test_tensor_cores(dtype, form, emulated_cuda, reduced, rng):
+    tolerance = 2 * TF32 if dtype == FLOAT32 else None
+    check(*pair(rng, dtype, form, 64, 96, 64), tolerance)
+    check(*pair(rng, dtype, form, 72, 200, 40), tolerance)
+    assert kinds(emulated_cuda) == {"tensor"}
+    assert forms(emulated_cuda) == {form}
+    assert emulated_cuda.statistics()["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
+def test_result_that_no_chunk_divides(dtype, emulated_cuda, reduced, rng):
+    check(*pair(rng, dtype, "NT", 3, 16, 69), 2 * TF32)
+    check(*pair(rng, dtype, "NT", 65, 16, 1), 2 * TF32)
+    assert kinds(emulated_cuda) == {"tensor"}
+
+
+@pytest.mark.parametrize("stages", [0, 1])
+def test_large_tiles_on_tensor_cores(stages, emulated_cuda, reduced, rng, monkeypatch):
+    tile = matmul.LARGE_TENSOR_TILES[stages]
+    monkeypatch.setattr(matmul, "_choose_tensor_tile", lambda *_: tile)
+    check(*pair(rng, FLOAT16, "NN", 136, 200, 144))
+    check(*pair(rng, FLOAT32, "TN", 136, 100, 144), 2 * TF32)
+
+
+def test_tiles_fit_the_product_and_the_device(emulated_cuda):
+    choose = matmul._choose_tensor_tile
+    limits = launch.device_limits()
+    large, less_memory = matmul.LARGE_TENSOR_TILES
+    assert choose(128 * limits.multiprocessors, 128, 1) == large
+    assert choose(128 * limits.multiprocessors - 128, 128, 1) == matmul.SMALL_TENSOR_TILE
+    assert choose(128, 128, limits.multiprocessors) == large
+    assert covering(large, 129, 128) == 2
+    emulated_cuda.device_limits = limits._replace(shared_bytes=99 << 10)
+    assert choose(128 * limits.multiprocessors, 128, 1) == less_memory
+
+
+def test_precision_is_a_choice(emulated_cuda, rng, monkeypatch):
+    x, y = pair(rng, FLOAT32, "NN", 8, 16, 8)
+    exact = check(x, y)
+    monkeypatch.setattr(settings.cuda, "float32_matmul_precision", "medium")
+    assert np.abs(check(x, y, 2 * TF32) - exact).max() > 1e-5
+    assert kinds(emulated_cuda) == {"plain", "tensor"}
+
+
+def test_devices_without_tensor_cores_for_it(emulated_cuda, reduced, rng):
+    emulated_cuda.device_limits = launch.device_limits()._replace(architecture=75)
+    launch.forget_kernels()
+    check(*pair(rng, FLOAT16, "NN", 8, 16, 8))
+    check(*pair(rng, FLOAT32, "NN", 8, 16, 8))
+    assert kinds(emulated_cuda) == {"plain"}
+
+
+# ---- batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x_batch", "y_batch"),
+    [((), (3,)), ((3,), ()), ((2, 1), (3,)), ((2, 3), (2, 3)), ((1,), (3,)), ((4,), (2, 1))],
+)
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
+def test_leading_axes_broadcast(x_batch, y_batch, dtype, emulated_cuda, rng):
+    x, y = drawn(rng, dtype, *x_batch, 9, 24), drawn(rng, dtype, *y_batch, 24, 16)
+    check(x, y)
+    check(drawn(rng, dtype, *x_batch, 18, 24)[..., ::2, :], stored(y, True))
+
+
+def test_many_axes_that_cannot_be_joined(emulated_cuda, rng):
+    shape = (2, 1, 2, 1, 2, 1, 5, 8)
+    check(drawn(rng, FLOAT32, *shape), drawn(rng, FLOAT32, 3, 1, 2, 1, 2, 8, 4))
+
+
+def test_heads_of_attention(emulated_cuda, reduced, rng):
+    """(batch, position, head, channel) seen as (batch, head, position, channel): nothing is copied."""
+    query, key = (drawn(rng, FLOAT32, 2, 10, 3, 16).swapaxes(1, 2) for _ in range(2))
+    check(query, key.swapaxes(-1, -2), 2 * TF32)
+    assert forms(emulated_cuda) == {"NT"}
+
+
+def test_all_rows_of_a_batch_are_one_product(emulated_cuda, rng, monkeypatch):
+    calls = []
+    multiply = matmul.multiply
+    monkeypatch.setattr(matmul, "multiply", lambda *given: calls.append(given) or multiply(*given))
+    check(drawn(rng, FLOAT32, 2, 3, 5, 8), drawn(rng, FLOAT32, 8, 4))
+    assert [x.shape for x, *_ in calls] == [(30, 8)]
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "y_shape"),
+    [
+        ((0, 3), (3, 4)), ((3, 0), (0, 4)), ((3, 4), (4, 0)), ((0, 3, 4), (4, 5)),
+        ((2, 0, 4), (2, 4, 5)), ((1, 0, 3, 4), (5, 1, 4, 2)), ((2, 3, 0), (2, 0, 4)),
+    ],
+)  # fmt: skip
+def test_empty(x_shape, y_shape, emulated_cuda):
+    check(np.ones(x_shape, FLOAT32), np.ones(y_shape, FLOAT32))
+    assert not emulated_cuda.loaded
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int8", "bool", "complex64", ">f4"])
+def test_other_dtypes_are_left_to_the_array_module(dtype, emulated_cuda, rng):
+    x, y = (rng.integers(0, 3, shape).astype(dtype) for shape in ((7, 8), (8, 9)))
+    np.testing.assert_array_equal(kernels.matmul(x, y), np.matmul(x, y))
+    assert not emulated_cuda.loaded
+
+
+# ---- numbers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_not_a_number_spoils_its_own_row_and_column_only(
+    precision, emulated_cuda, rng, monkeypatch
+):
+    monkeypatch.setattr(settings.cuda, "float32_matmul_precision", precision)
+    x, y = drawn(rng, FLOAT32, 70, 36), drawn(rng, FLOAT32, 36, 68)
+    expected = kernels.matmul(x, y)
+    x[3, 35], y[2, 67] = np.nan, np.nan
+    expected[3] = expected[:, 67] = np.nan
+    np.testing.assert_array_equal(kernels.matmul(x, y), expected)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
+def test_every_schedule_gives_equal_bits(dtype, emulated_cuda, rng):
+    x, y = pair(rng, dtype, "TN", 72, 200, 72)
+    expected = kernels.matmul(x, y)
+    for order in ("forward", "reverse", "random"):
+        for lazy in (True, False):
+            with emulated_cuda.scheduled(Schedule(order, lazy, lazy)):
+                np.testing.assert_array_equal(kernels.matmul(x, y), expected)
