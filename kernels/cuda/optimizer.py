@@ -17,6 +17,11 @@ TENSORS = 64
 THREADS = 256
 CHUNK = 4096
 
+_TYPES = ("float", "double", "float16", "bfloat16")
+KERNELS = {
+    "optimizer.cu": tuple(f"{name}<{type}>" for name in ("sgd", "adam") for type in _TYPES)
+}
+
 _SGD_NUMBERS = np.dtype(
     [(n, "f8") for n in ("lr", "momentum", "share", "weight_decay", "sign", "nesterov")]
 )
