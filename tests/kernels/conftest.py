@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gradengine import kernels
-from gradengine.devices import import_cupy
+from gradengine.devices import import_cupy, to_device
 
 ELEMENTWISE = ("erf", "relu", "relu_grad")  # these keep the layout they are given
 # of 16-bit arrays these also give float32
@@ -34,6 +34,8 @@ class Place:
         return tuple(map(self.take, results)) if several else self.take(results)
 
     def give(self, argument):
+        if isinstance(argument, tuple):
+            return tuple(map(self.give, argument))
         if self.name != "cupy" or not isinstance(argument, np.ndarray):
             return argument
         cupy = import_cupy()
@@ -45,11 +47,7 @@ class Place:
         return moved
 
     def take(self, result):
-        return (
-            result
-            if isinstance(result, (np.ndarray, type(None)))
-            else import_cupy().asnumpy(result)
-        )
+        return None if result is None else to_device(result, "cpu")  # in the same memory order
 
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cupy", marks=pytest.mark.gpu)])
