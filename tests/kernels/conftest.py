@@ -34,7 +34,7 @@ class Place:
         return tuple(map(self.take, results)) if several else self.take(results)
 
     def give(self, argument):
-        if isinstance(argument, tuple):
+        if type(argument) is tuple:  # a geometry is one, too, but stays whole
             return tuple(map(self.give, argument))
         if self.name != "cupy" or not isinstance(argument, np.ndarray):
             return argument
