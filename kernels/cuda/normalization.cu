@@ -90,9 +90,15 @@ DEVICE void for_each_share(const Column<WIDTH>& column, Visit visit) {
 // A vector's elements for the channels of a thread, or a default where there is no vector.
 template <typename S, int WIDTH, typename P>
 DEVICE void load_vector(S (&values)[WIDTH], const P* vector, const Column<WIDTH>& column, S otherwise) {
+    constexpr int PART = WIDTH * sizeof(P) > 16 ? 16 / sizeof(P) : WIDTH;  // of one access
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-        values[i] = vector != nullptr && column.inside ? S(to_float(vector[column.channel + i])) : otherwise;
+    for (int i = 0; i < WIDTH; ++i) values[i] = otherwise;
+    if (vector == nullptr || !column.inside) return;
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += PART) {
+        const auto part = *reinterpret_cast<const Pack<P, PART>*>(vector + column.channel + i);
+#pragma unroll
+        for (int k = 0; k < PART; ++k) values[i + k] = S(to_float(part.values[k]));
     }
 }
 
@@ -315,19 +321,19 @@ DEVICE void apply_affine(const Affine<Sum<T>, WIDTH>& affine, const T* x, const 
 }
 
 // Normalize by mean and variance. Without them, null, x * weight + bias is what is made: weight is a scale then.
-// passed is null where nobody asks what relu let through.
-template <typename T, typename P, int WIDTH, bool RESIDUAL>
+// passed is null where nobody asks what relu let through, kept_mean where mean may be kept as it is.
+template <typename T, typename P, typename Moment, int WIDTH, bool RESIDUAL>
 __global__ void __launch_bounds__(THREADS, resident(WIDTH))
-batch_norm_apply(const T* x, const T* residual, T* out, unsigned char* passed, const Sum<T>* mean, const Sum<T>* var,
-                 const P* weight, const P* bias, Sum<T>* inv_std, P* running_mean, P* running_var, long long rows,
-                 long long channels, double eps, double momentum, long long relu) {
+batch_norm_apply(const T* x, const T* residual, T* out, unsigned char* passed, const Moment* mean, const Moment* var,
+                 Sum<T>* kept_mean, const P* weight, const P* bias, Sum<T>* inv_std, P* running_mean, P* running_var,
+                 long long rows, long long channels, double eps, double momentum, long long relu) {
     const Column<WIDTH> column(rows, channels);
     Affine<Sum<T>, WIDTH> affine;
     Sum<T> variance[WIDTH];
     load_vector(affine.center, mean, column, Sum<T>(0));
     load_vector(variance, var, column, Sum<T>(0));
     if (var != nullptr) {
-        const Statistics<Sum<T>, P> statistics{nullptr, inv_std, running_mean, running_var, momentum};
+        const Statistics<Sum<T>, P> statistics{kept_mean, inv_std, running_mean, running_var, momentum};
         normalize(affine, variance, weight, bias, eps, statistics, column);
     } else {
         load_vector(affine.scale, weight, column, Sum<T>(1));
@@ -338,7 +344,7 @@ batch_norm_apply(const T* x, const T* residual, T* out, unsigned char* passed, c
 
 // All of it where rows are few: one block for its channels.
 template <typename T, typename P, int WIDTH, bool RESIDUAL>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
 batch_norm_whole(const T* x, const T* residual, T* out, unsigned char* passed, Sum<T>* mean, const P* weight,
                  const P* bias, Sum<T>* inv_std, P* running_mean, P* running_var, long long rows, long long channels,
                  double eps, double momentum, long long relu) {
@@ -412,11 +418,12 @@ struct GradAffine {
     DEVICE void set(const S (&total)[WIDTH], const S (&grad_weight)[WIDTH], const S (&inv_std)[WIDTH],
                     const P* weight, const Column<WIDTH>& column) {
         load_vector(scale, weight, column, S(1));
+        const S share = S(1) / S(column.rows);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
             scale[i] *= inv_std[i];
-            slope[i] = -scale[i] * inv_std[i] * (grad_weight[i] / S(column.rows));
-            shift[i] = -scale[i] * (total[i] / S(column.rows));
+            slope[i] = -scale[i] * inv_std[i] * grad_weight[i] * share;
+            shift[i] = -scale[i] * total[i] * share;
         }
     }
 
@@ -501,7 +508,7 @@ batch_norm_grad_apply(const T* grad, const T* x, const unsigned char* passed, co
 
 // All of it where rows are few: one block for its channels.
 template <typename T, typename P, int WIDTH, bool RELU>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
 batch_norm_grad_whole(const T* grad, const T* x, const unsigned char* passed, T* gated, const P* weight,
                       const Sum<T>* mean, const Sum<T>* inv_std, P* grad_weight, P* grad_bias, T* grad_x,
                       long long rows, long long channels) {

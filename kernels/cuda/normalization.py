@@ -6,7 +6,8 @@ do not fit. Blocks stand side by side over the packs and share the rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,27 +29,33 @@ WHOLE_LANES = 4
 MERGE_BLOCK = (32, 8)
 SOURCE = "normalization.cu"
 
-_TYPES = ("bfloat16, float, 8", "float, float, 4")
+_TYPES = (("bfloat16", "float", 8), ("float", "float", 4))  # of arrays and vectors, and a pack
 _MORE_TYPES = (
-    *("float16, float, 8", "double, double, 2", "bfloat16, bfloat16, 8"),
-    *("float16, float16, 1", "float, float, 1"),
+    *(("float16", "float", 8), ("double", "double", 2), ("bfloat16", "bfloat16", 8)),
+    *(("float16", "float16", 1), ("float", "float", 1)),
 )
 _ELEMENTS = ("float16, 8", "bfloat16, 8", "float, 4", "double, 2", "float16, 1", "float, 1")
-_NAMES = ("apply", "whole", "grad_apply", "grad_whole")
-KERNELS = {
-    SOURCE: (
-        *(f"batch_norm_{name}<{types}, true>" for name in _NAMES for types in _TYPES + _MORE_TYPES),
-        *(f"batch_norm_{name}<{types}, false>" for name in _NAMES for types in _TYPES),
-        *(f"batch_norm_moments<{element}>" for element in _ELEMENTS),
-        *(f"batch_norm_grad_sums<{element}, true>" for element in _ELEMENTS),
-        *(f"batch_norm_grad_sums<{element}, false>" for element in _ELEMENTS),
-        *(f"batch_norm_merge_moments<{name}>" for name in ("float16", "bfloat16", "float")),
-        "batch_norm_merge_moments<double>",
-        *(f"batch_norm_grad_merge<float, {name}>" for name in ("float16", "bfloat16", "float")),
-        "batch_norm_grad_merge<double, double>",
-    )
-}
 
+
+def _instances() -> Iterator[str]:
+    for array, vector, width in _TYPES + _MORE_TYPES:
+        for flag in ("true", "false") if (array, vector, width) in _TYPES else ("true",):
+            for name in ("whole", "grad_apply", "grad_whole"):
+                yield f"batch_norm_{name}<{array}, {vector}, {width}, {flag}>"
+            moment = "double" if array == "double" else "float"
+            yield f"batch_norm_apply<{array}, {vector}, {moment}, {width}, {flag}>"
+            yield f"batch_norm_apply<{array}, {vector}, double, {width}, {flag}>"
+    for element in _ELEMENTS:
+        yield f"batch_norm_moments<{element}>"
+        for flag in ("true", "false"):
+            yield f"batch_norm_grad_sums<{element}, {flag}>"
+    for array in ("float16", "bfloat16", "float", "double"):
+        yield f"batch_norm_merge_moments<{array}>"
+        total = "double" if array == "double" else "float"
+        yield f"batch_norm_grad_merge<{total}, {array}>"
+
+
+KERNELS = {SOURCE: tuple(dict.fromkeys(_instances()))}
 
 Shape = tuple[int, int]
 
@@ -74,21 +81,24 @@ def batch_norm_act(
         return from_nhwc(out), xp.zeros(channels, dtype), inv_std, None
     passed = xp.empty((rows, channels // width), np.uint8) if relu else None
     vectors = [_dense(one) for one in (weight, bias, running_mean, running_var)]
+    mean = xp.empty(channels, dtype)
     if moments is None and rows <= WHOLE_ROWS:
-        name, sizes, found = "whole", _whole_launch(pixels), [xp.empty(channels, dtype)]
+        moments = ()
+        run = _kernel("whole", x.dtype, vectors, width, added is not None)
+        sizes = _whole_launch(pixels)
     else:
-        name, sizes = "apply", _launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
-        found = [_dense(moment, dtype) for moment in moments or _moments(pixels)]
-    run = _kernel(name, x.dtype, vectors, width, added is not None)
+        moments = [_dense(moment) for moment in moments or _moments(pixels)]
+        run = _kernel("apply", x.dtype, vectors, c_name(moments[0].dtype), width, added is not None)
+        sizes = _launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
     arguments = (
-        *(pixels, added, out, passed, *found, *vectors[:2], inv_std, *vectors[2:]),
+        *(pixels, added, out, passed, *moments, mean, *vectors[:2], inv_std, *vectors[2:]),
         *(rows, channels, float(eps), float(momentum), int(relu)),
     )
     run(*sizes, arguments)
     for running, moved in zip((running_mean, running_var), vectors[2:], strict=True):
         if moved is not running:
             running[...] = moved
-    return from_nhwc(out), found[0], inv_std, passed
+    return from_nhwc(out), mean, inv_std, passed
 
 
 def _moments(pixels: Array) -> tuple[Array, Array]:
@@ -189,9 +199,11 @@ def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, re
     out = array_module(x).empty_like(pixels)
     if out.size:
         vectors = [_dense(scale), _dense(shift)]
-        run = _kernel("apply", x.dtype, vectors, width, added is not None)
-        statistics = (None, None)  # the affine map is given
-        arguments = (pixels, added, out, None, *statistics, *vectors, None, *statistics)
+        run = _kernel(
+            "apply", x.dtype, vectors, c_name(_sum_dtype(x.dtype)), width, added is not None
+        )
+        moments, running = (None, None, None), (None, None)  # the affine map is given
+        arguments = (pixels, added, out, None, *moments, *vectors, None, *running)
         sizes = _launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
         run(*sizes, (*arguments, rows, channels, 0.0, 0.0, int(relu)))
     return from_nhwc(out)
@@ -216,18 +228,22 @@ def _sizes(pixels: Array) -> tuple[int, int, int]:
 
 
 def _dense(vector: Array | None, dtype: np.dtype | None = None) -> Array | None:
-    """Give a vector, in a dtype, without gaps; itself where it is so already."""
-    if vector is None or (vector.flags.c_contiguous and dtype in (None, vector.dtype)):
-        return vector
-    return vector.astype(vector.dtype if dtype is None else dtype, order="C")
+    """Give a vector, in a dtype, where packs can be read; itself where it is so already."""
+    if vector is None:
+        return None
+    dtype = vector.dtype if dtype is None else dtype
+    fits = vector.dtype == dtype and vector.flags.c_contiguous and is_aligned(vector)
+    return vector if fits else vector.astype(dtype, order="C")
 
 
 def _kernel(
-    name: str, dtype: np.dtype, vectors: Sequence[Array | None], width: int, flag: bool
+    name: str, dtype: np.dtype, vectors: Sequence[Array | None], *parameters: Any
 ) -> Kernel:
-    """Give an instantiation for elements of dtype and vectors of theirs; all may be None."""
+    """Give an instantiation for elements of dtype, vectors of theirs, which may be None, and more."""
     vector_dtype = next((one.dtype for one in vectors if one is not None), _sum_dtype(dtype))
-    types = f"{c_name(dtype)}, {c_name(vector_dtype)}, {width}, {str(flag).lower()}"
+    types = ", ".join(
+        str(one).lower() for one in (c_name(dtype), c_name(vector_dtype), *parameters)
+    )
     return kernel(SOURCE, f"batch_norm_{name}<{types}>")
 
 
