@@ -306,6 +306,14 @@ def adam(
     module.adam(values, grads, averages, squares, states, options, decoupled=decoupled)
 
 
+def unscale(grads: Sequence[Array], factor: float) -> Array:
+    """Multiply all arrays, of one device and dtype, in place; tell whether some are not finite.
+
+    Gives a float32 array (1,): 1 if an element of any was infinite or nan, else 0.
+    """
+    return _import_family(place(grads[0]), "optimizer").unscale(grads, factor)
+
+
 def matmul(x: Array, y: Array) -> Array:
     """Give the matrix product of x (..., M, K) and y (..., K, N), of one dtype, which may be any.
 

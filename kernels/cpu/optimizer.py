@@ -68,6 +68,14 @@ def adam(
         _adam(get_num_threads(), *_table(rows), factors.astype(dtype), *given)
 
 
+def unscale(grads: Sequence[Array], factor: float) -> Array:
+    found = np.zeros(1, np.float32)
+    for grad in grads:
+        found[0] = found[0] or not np.isfinite(grad).all()
+        grad *= factor
+    return found
+
+
 def _computed_in(dtype: np.dtype) -> np.dtype:
     return np.result_type(dtype, np.float32)  # float16 is computed in float32
 

@@ -176,3 +176,27 @@ adam(Table<4> table, AdamNumbers given, const AdamNumbers* live) {
     };
     update_chunk<T>(table, place, update);
 }
+
+// ---- gradients of a scaled loss --------------------------------------------------------------------
+
+template <typename Real>
+struct Unscaling {
+    Real factor;
+    float* found;
+
+    DEVICE bool writes(int) const { return true; }
+
+    DEVICE void operator()(Real (&values)[1]) const {
+        if (!(values[0] - values[0] == 0)) *found = 1;  // infinite or nan; all write the same
+        values[0] *= factor;
+    }
+};
+
+// One chunk a block. One row: gradients, multiplied by a factor. `found` becomes 1 where an element is
+// not finite, and is left alone otherwise.
+template <typename T>
+__global__ void __launch_bounds__(THREADS) unscale(Table<1> table, double factor, float* found) {
+    typedef typename Accumulator<T>::type Real;
+    const Unscaling<Real> update = {Real(factor), found};
+    update_chunk<T>(table, place_of(table, blockIdx.x), update);
+}

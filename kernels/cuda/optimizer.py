@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gradengine.devices import array_module
 from gradengine.kernels.cuda.capture import by_value_or_live
 from gradengine.kernels.cuda.launch import address, c_name, kernel
 from gradengine.kernels.layout import Array
@@ -19,7 +20,9 @@ CHUNK = 4096
 
 _TYPES = ("float", "double", "float16", "bfloat16")
 KERNELS = {
-    "optimizer.cu": tuple(f"{name}<{type}>" for name in ("sgd", "adam") for type in _TYPES)
+    "optimizer.cu": tuple(
+        f"{name}<{type}>" for name in ("sgd", "adam", "unscale") for type in _TYPES
+    )
 }
 
 _SGD_NUMBERS = np.dtype(
@@ -86,6 +89,12 @@ def adam(
         return by_value_or_live(_ADAM_NUMBERS, lambda: read(part))
 
     _launch("adam", arguments, values, grads, averages, squares)
+
+
+def unscale(grads: Sequence[Array], factor: float) -> Array:
+    found = array_module(grads[0]).zeros(1, np.float32)
+    _launch("unscale", lambda part: (factor, found), grads)
+    return found
 
 
 def _launch(
