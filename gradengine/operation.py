@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from gradengine import devices
+from gradengine import devices, kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.dtypes import (
     float32,
     get_default_dtype,
@@ -37,6 +38,7 @@ from gradengine.dtypes import (
     widened,
 )
 from gradengine.grad_mode import grad_mode
+from gradengine.kernels.cuda import capture
 from gradengine.tape import Node, SavedOutput, Variable
 
 _ndarray = np.ndarray
@@ -159,18 +161,26 @@ def operation(
 
 
 def elementwise(
-    forward: Callable[..., Any] | None = None, *, label: str | None = None, floating: bool = False
+    forward: Callable[..., Any] | None = None,
+    *,
+    label: str | None = None,
+    floating: bool = False,
+    needs_range: bool = False,
 ) -> Any:
     """Make an operation of an elementwise forward on one or two arrays.
 
     Inputs are converted to their common dtype by PyTorch's rules (`floating`: integers become the default
-    float), and pullbacks need not undo broadcasting: that is done here, once.
+    float; `needs_range`, for one input: 16-bit floats become float32 under autocast), and pullbacks need
+    not undo broadcasting: that is done here, once.
     """
     if forward is None:
-        return functools.partial(elementwise, label=label, floating=floating)
+        return functools.partial(
+            elementwise, label=label, floating=floating, needs_range=needs_range
+        )
     record = Operation(forward, label)
-    apply = _unary(record, floating) if len(record.inputs) == 1 else _binary(record, floating)
-    return _publish(record, apply)
+    if len(record.inputs) == 1:
+        return _publish(record, _unary(record, floating, needs_range))
+    return _publish(record, _binary(record, floating))
 
 
 def _publish(record: Operation, apply: Any) -> Any:
@@ -279,11 +289,13 @@ def array_of(value: Any) -> Any:
 # ---- elementwise ---------------------------------------------------------------------------------
 
 
-def _unary(op: Operation, floating: bool) -> Callable[..., Any]:
+def _unary(op: Operation, floating: bool, needs_range: bool) -> Callable[..., Any]:
     """Spell out the general case for one input: with `_binary`, the path of every small operation."""
     forward = op.forward
 
     def apply(x: Any, **attributes: Any) -> Any:
+        if needs_range and autocast_mode.dtype is not None:
+            x = raised(x)
         a = x.array if isinstance(x, Variable) else x
         if type(a) is _ndarray and (not floating or a.dtype.kind == "f"):
             out = forward(a, **attributes)
@@ -403,6 +415,54 @@ def cast(x, *, dtype):
 
 
 cast.pullbacks(x=lambda grad, x_dtype: cast(grad, dtype=x_dtype))
+
+
+# ---- precision under autocast --------------------------------------------------------------------
+# An operation that autocast has a say in asks `if autocast_mode.dtype is not None` and then one of
+# these. They convert floating point arrays on CUDA, but leave float64 as it is.
+
+
+def raised(x: Any) -> Any:
+    """Return 16-bit floats as float32: for an operation that needs its range or precision."""
+    if not _is_eligible(x) or x.dtype.itemsize != 2:
+        return x
+    return cast(x, dtype=float32)
+
+
+def lowered(x: Any) -> Any:
+    """Return floats in the 16 bits that products compute in, a leaf that requires grad once a region."""
+    dtype = autocast_mode.dtype
+    if not _is_eligible(x) or x.dtype == dtype:
+        return x
+    if not (autocast_mode.caching and isinstance(x, Variable) and x.requires_grad and x.is_leaf):
+        return cast(x, dtype=dtype)
+    # The leaf is kept, so that no other object can have its id before the region ends. What a
+    # captured step converts has values only while the step is replayed.
+    key = (id(x), dtype, grad_mode.enabled, capture.current())
+    leaf, array, stamp, converted = autocast_mode.leaves.get(key, (None, None, 0, None))
+    if leaf is not x or array is not x.array or stamp != x.version().stamp:
+        stamp, converted = x.version().stamp, cast(x, dtype=dtype)
+        autocast_mode.leaves[key] = (x, x.array, stamp, converted)
+    return converted
+
+
+def widest(x: Any, y: Any) -> tuple[Any, Any]:
+    """Return two inputs of unequal dtypes in the wider one: for an operation that asks for one dtype."""
+    if not _is_eligible(x) or not _is_eligible(y) or x.dtype == y.dtype:
+        return x, y
+    dtype = result_type(x, y)
+    x, y = (value if value.dtype == dtype else cast(value, dtype=dtype) for value in (x, y))
+    return x, y
+
+
+def _is_eligible(x: Any) -> bool:
+    array = array_of(x)
+    return (
+        hasattr(array, "dtype")
+        and is_floating_point(array.dtype)
+        and array.dtype.itemsize < 8
+        and kernels.place(array) == "cuda"
+    )
 
 
 def _conform_one(name: str, x: Any, floating: bool) -> Any:

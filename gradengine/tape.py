@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from gradengine import devices
+from gradengine.autocast_mode import autocast
 from gradengine.dtypes import is_bfloat16, is_floating_point
 from gradengine.grad_mode import set_grad_enabled
 from gradengine.kernels.cuda.capture import note_grad, note_write
@@ -378,9 +379,10 @@ def _walk(
     captured: dict[Node, Any] = {}
     heap = [(-node.index, node) for node in gradients]
     heapq.heapify(heap)
+    # Gradients have the dtypes that forward chose, also in a backward under autocast.
     first = next(iter(gradients.values()), None)
     place = devices.on_device_of(first.array if isinstance(first, Variable) else first)
-    with place, set_grad_enabled(create_graph):
+    with place, set_grad_enabled(create_graph), autocast("cuda", enabled=False):
         while heap:
             node = heapq.heappop(heap)[1]
             if node.hooks or node.retained_by is not None:

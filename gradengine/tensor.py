@@ -509,7 +509,7 @@ class Tensor(Variable):
     __mul__ = __rmul__ = mul = elementwise.mul
     __truediv__ = elementwise.div
     div = elementwise.rounded_div
-    __rtruediv__ = _reflected(elementwise.div)
+    __rtruediv__ = elementwise.quotient_of
     __floordiv__ = floor_divide = elementwise.floor_divide
     __rfloordiv__ = _reflected(elementwise.floor_divide)
     __mod__ = remainder = elementwise.remainder

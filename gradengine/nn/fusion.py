@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, device_of
 from gradengine.grad_mode import grad_mode
 from gradengine.kernels import settings
@@ -23,7 +24,7 @@ from gradengine.nn.activation import ReLU
 from gradengine.nn.convolution import Conv2d
 from gradengine.nn.module import Module
 from gradengine.nn.normalization import BatchNorm2d
-from gradengine.operation import operation
+from gradengine.operation import lowered, operation
 from gradengine.ops.convolution import conv2d_moments
 from gradengine.tensor import Tensor
 
@@ -52,6 +53,8 @@ def conv_norm(
     tensors = _tensors(conv, norm)
     if tensors is None or not (isinstance(x, Tensor) and x.array.ndim == 4):
         return _activate(norm(conv(x)), activation, residual)
+    if autocast_mode.dtype is not None:
+        x = lowered(x)
     geometry = conv2d_geometry(
         *(x.array.shape, tensors[0].array.shape),
         *(conv.stride, conv.padding, conv.dilation, conv.groups),
@@ -131,25 +134,32 @@ def _normalized(x: Tensor, conv: Any, norm: Any, residual: Tensor | None, relu: 
 class _Folded:
     """A convolution's weight and bias with a normalization folded in, and what they came from."""
 
-    __slots__ = ("arrays", "bias", "eps", "geometry", "settings", "stamps", "tensors", "weight")
+    __slots__ = (
+        *("arrays", "bias", "dtype", "eps", "geometry"),
+        *("settings", "stamps", "tensors", "weight"),
+    )
 
-    def __init__(self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry) -> None:
+    def __init__(
+        self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry, dtype: Any
+    ) -> None:
         self.tensors = tensors
         # Stamps before values: what another thread writes meanwhile shows at the next call.
         self.stamps = [None if tensor is None else tensor.version().stamp for tensor in tensors]
         self.arrays = [None if tensor is None else tensor.array for tensor in tensors]
         self.eps = eps
         self.geometry = geometry
-        self.settings = dict(
-            vars(settings.cpu)
-        )  # they choose the kernel that a weight is laid out for
-        self.weight, self.bias = _fold(*self.arrays, eps=eps, geometry=geometry)
+        self.dtype = dtype
+        self.settings = _settings()
+        self.weight, self.bias = _fold(*self.arrays, eps=eps, geometry=geometry, dtype=dtype)
 
-    def serves(self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry) -> bool:
+    def serves(
+        self, tensors: tuple[Any, ...], eps: float, geometry: Conv2dGeometry, dtype: Any
+    ) -> bool:
         """Whether this is what these tensors, as they are now, fold to; the batch may differ."""
         return (
             self.eps == eps
-            and self.settings == vars(settings.cpu)
+            and self.dtype == dtype
+            and self.settings == _settings()
             and (self.geometry is geometry or self.geometry[1:] == geometry[1:])
             and all(map(is_, self.tensors, tensors))
             and self.is_current()
@@ -165,6 +175,11 @@ class _Folded:
         return True
 
 
+def _settings() -> dict[str, Any]:
+    """Return what chooses the kernel that a weight is laid out for."""
+    return vars(settings.cpu) | vars(settings.cuda)
+
+
 # Beside the modules, not in them: it is no part of a copy, a pickle or a state dict.
 _KEPT: WeakKeyDictionary[Module, tuple[_Folded, ...]] = WeakKeyDictionary()
 
@@ -174,14 +189,17 @@ def _folded(
 ) -> _Folded | None:
     """Return what is kept for these tensors, or make it; None where the modules would refuse x."""
     kept = _KEPT.get(conv, ())
+    dtype, lower = tensors[0].array.dtype, autocast_mode.dtype
+    if lower is not None and x.array.dtype == lower and dtype.itemsize < 8:
+        dtype = lower  # what the weight would be converted to
     for folded in kept:
-        if folded.serves(tensors, eps, geometry):
+        if folded.serves(tensors, eps, geometry, dtype):
             break
     else:
         if not _can_fold(tensors, geometry):
             return None
         postpone()  # replays would fold each time
-        folded = _Folded(tensors, eps, geometry)
+        folded = _Folded(tensors, eps, geometry, dtype)
         others = [other for other in kept if other.is_current()]
         _KEPT[conv] = (folded, *others[: KEPT_GEOMETRIES - 1])
     valid_while(folded.is_current)
@@ -201,16 +219,16 @@ def _can_fold(tensors: tuple[Any, ...], geometry: Conv2dGeometry) -> bool:
 
 
 @operation
-def _fold(weight, bias, scale, shift, mean, var, *, eps, geometry):
-    """Return norm(conv(x)) as one convolution: its weight, packed, and its bias (K,)."""
+def _fold(weight, bias, scale, shift, mean, var, *, eps, geometry, dtype):
+    """Return norm(conv(x)) as one convolution: its weight, packed, and its bias (K,), in dtype."""
     xp = array_module(weight)
     factor = 1 / xp.sqrt(var.astype(np.float64) + eps)
     if scale is not None:
         factor *= scale
     offset = -mean if bias is None else bias - mean
     offset = offset * factor if shift is None else offset * factor + shift
-    weight = (weight * factor[:, None, None, None]).astype(weight.dtype)
-    return kernels.pack_conv2d(weight, geometry), offset.astype(weight.dtype)
+    weight = (weight * factor[:, None, None, None]).astype(dtype)
+    return kernels.pack_conv2d(weight, geometry), offset.astype(dtype)
 
 
 @operation

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
-from gradengine.operation import array_of, elementwise, operation
+from gradengine.operation import array_of, elementwise, operation, raised
 from gradengine.ops import random
 from gradengine.ops.dims import normalized_dim
 from gradengine.ops.elementwise import erf, exp, sigmoid, tanh, where
@@ -152,7 +153,7 @@ def _silu_grad(grad: Any, x: Any) -> Any:
 silu.pullbacks(x=_silu_grad)
 
 
-@elementwise(floating=True, label="SoftplusBackward0")
+@elementwise(floating=True, needs_range=True, label="SoftplusBackward0")
 def _softplus(x, *, beta, threshold):
     xp = array_module(x)
     scaled = x * beta
@@ -227,6 +228,8 @@ def softmax(x: Any, dim: int) -> Any:
 
     Raises TypeError unless x is floating point, IndexError if there is no such dim.
     """
+    if autocast_mode.dtype is not None:
+        x = raised(x)
     return _softmax(x, dim=_checked_dim("softmax", x, dim))
 
 
@@ -235,6 +238,8 @@ def log_softmax(x: Any, dim: int) -> Any:
 
     Raises TypeError unless x is floating point, IndexError if there is no such dim.
     """
+    if autocast_mode.dtype is not None:
+        x = raised(x)
     return _log_softmax(x, dim=_checked_dim("log_softmax", x, dim))
 
 

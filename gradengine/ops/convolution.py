@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.kernels.geometry import conv2d_geometry
-from gradengine.operation import operation
+from gradengine.operation import lowered, operation
 from gradengine.ops.reduction import sum
 from gradengine.ops.shape import squeeze, unsqueeze
 
@@ -71,6 +72,8 @@ def conv2d(
         out = conv2d(unsqueeze(x, 0), weight, bias, stride, padding, dilation, groups)
         return squeeze(out, 0)
     geometry = conv2d_geometry(x.shape, weight.shape, stride, padding, dilation, groups)
+    if autocast_mode.dtype is not None:
+        x, weight, bias = lowered(x), lowered(weight), lowered(bias)
     return _conv2d(x, weight, bias, geometry=geometry)
 
 
@@ -90,6 +93,8 @@ def conv2d_moments(
     Arguments and errors are those of `conv2d`.
     """
     geometry = conv2d_geometry(x.shape, weight.shape, stride, padding, dilation, groups)
+    if autocast_mode.dtype is not None:
+        x, weight, bias = lowered(x), lowered(weight), lowered(bias)
     moments: list[Any] = []
     out = _conv2d_moments(x, weight, bias, geometry=geometry, moments=moments)
     return out, (moments[0], moments[1])
@@ -113,6 +118,8 @@ def conv1d(
             "conv1d: x must be 2-D or 3-D and weight 3-D (x.ndim in (2, 3) and weight.ndim == 3); "
             f"got x.shape={tuple(x.shape)}, weight.shape={tuple(weight.shape)}"
         )
+    if autocast_mode.dtype is not None:  # here, where a weight is still a leaf
+        x, weight, bias = lowered(x), lowered(weight), lowered(bias)
     out = conv2d(
         unsqueeze(x, -2),
         unsqueeze(weight, -2),

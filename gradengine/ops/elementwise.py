@@ -7,9 +7,17 @@ import math
 from typing import Any
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, on_device_of
 from gradengine.dtypes import bool_, is_floating_point, narrowed, result_type, widened
-from gradengine.operation import array_of, conform, elementwise, operation, sum_to_shape
+from gradengine.operation import (
+    array_of,
+    conform,
+    elementwise,
+    operation,
+    raised,
+    sum_to_shape,
+)
 from gradengine.ops.conversion import kept_for_backward
 from gradengine.tape import Variable
 
@@ -84,6 +92,13 @@ def scaled_add(x: Any, y: Any, *, alpha: float = 1) -> Any:
 def scaled_sub(x: Any, y: Any, *, alpha: float = 1) -> Any:
     """Return x - alpha * y. Raises TypeError for two bools: use logical_xor or ^."""
     return sub(x, y if alpha == 1 else alpha * y)
+
+
+def quotient_of(x: Any, number: Any) -> Any:
+    """Return number / x: what Python calls for a number on the left."""
+    if autocast_mode.dtype is not None:
+        x = raised(x)
+    return div(number, x)
 
 
 def rounded_div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
@@ -200,6 +215,8 @@ def _log_of(base: Any) -> Any:
 
 def pow(x: Any, exponent: Any) -> Any:
     """Return x ** exponent, elementwise; either may be a number. The gradient by 0's exponent is 0."""
+    if autocast_mode.dtype is not None:
+        x, exponent = raised(x), raised(exponent)
     number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
     if number and hasattr(x, "dtype") and (isinstance(exponent, int) or is_floating_point(x.dtype)):
         if x.dtype.kind in "iu" and exponent < 0:
@@ -216,19 +233,19 @@ def sqrt(x):
     return array_module(x).sqrt(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def rsqrt(x):
     """Return 1 / sqrt(x)."""
     return 1 / array_module(x).sqrt(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def reciprocal(x):
     """Return 1 / x."""
     return 1 / x
 
 
-@elementwise
+@elementwise(needs_range=True)
 def square(x):
     """Return x * x."""
     return x * x
@@ -243,37 +260,37 @@ square.pullbacks(x=lambda grad, x: grad * (2 * x))
 # ---- exponentials --------------------------------------------------------------------------------
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def exp(x):
     """Return e ** x."""
     return array_module(x).exp(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def expm1(x):
     """Return e ** x - 1, accurate near 0."""
     return array_module(x).expm1(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def log(x):
     """Return the natural logarithm of x."""
     return array_module(x).log(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def log2(x):
     """Return the logarithm of x to base 2."""
     return array_module(x).log2(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def log10(x):
     """Return the logarithm of x to base 10."""
     return array_module(x).log10(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def log1p(x):
     """Return log(1 + x), accurate near 0."""
     return array_module(x).log1p(x)
@@ -318,7 +335,7 @@ def cos(x):
     return array_module(x).cos(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, needs_range=True)
 def tan(x):
     """Return the tangent of x, in radians."""
     return array_module(x).tan(x)

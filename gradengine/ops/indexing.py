@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradengine import devices
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, sum_dtype
-from gradengine.operation import array_of, operation, sum_to_shape
+from gradengine.operation import array_of, operation, sum_to_shape, widest
 from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.dims import normalized_dim
 from gradengine.ops.joining import slices, unbind
@@ -487,6 +488,8 @@ def scatter_add(x: Any, dim: int, index: Any, src: Any) -> Any:
     """
     index = _index_array("scatter_add", x, index)
     dim = _gathered_dim("scatter_add", x, dim, index)
+    if autocast_mode.dtype is not None:
+        x, src = widest(x, src)
     _check_same_dtype("scatter_add", x, src)
     src = _cropped("scatter_add", src, index)
     index = kept_for_backward(index, x, src)

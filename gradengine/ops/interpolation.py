@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.dtypes import is_floating_point
-from gradengine.operation import operation
+from gradengine.operation import operation, raised
 
 
 class Taps(NamedTuple):
@@ -66,6 +67,8 @@ def interpolate(
     reduction). By a factor, out = floor(size * scale_factor). Raises ValueError for anything else,
     TypeError for integers unless "nearest".
     """
+    if autocast_mode.dtype is not None:
+        x = raised(x)
     _check_interpolation(x, size, scale_factor, mode, align_corners, antialias)
     numbers: Any = size if scale_factor is None else scale_factor
     pair = tuple(numbers) if isinstance(numbers, (tuple, list)) else (numbers, numbers)

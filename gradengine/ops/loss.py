@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, check_same_device
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
-from gradengine.operation import array_of, operation
+from gradengine.operation import array_of, operation, raised
 from gradengine.ops.activation import log_softmax, logsigmoid, softmax
 from gradengine.ops.conversion import kept_for_backward
 from gradengine.ops.elementwise import abs, square, where
@@ -124,6 +125,8 @@ def nll_loss(
     the GPU), ValueError if the shapes do not fit, TypeError unless input is floating point and
     target integer.
     """
+    if autocast_mode.dtype is not None:
+        input, weight = raised(input), raised(weight)
     target, scale, _ = _class_scale("nll_loss", input, target, weight, ignore_index)
     return _nll_loss(
         input, target=target, scale=scale, divisor=_divisor("nll_loss", scale, reduction)
@@ -209,6 +212,8 @@ def cross_entropy(
             f"got label_smoothing={label_smoothing}"
         )
     _check_reduction("cross_entropy", reduction)
+    if autocast_mode.dtype is not None:
+        input, target, weight = raised(input), raised(target), raised(weight)
     axis = min(1, input.ndim - 1)
     probabilities = is_floating_point(target.dtype)
     fused = not probabilities and label_smoothing == 0 and _has_kernel(input)
@@ -325,6 +330,9 @@ def binary_cross_entropy_with_logits(
             f"(target.shape == input.shape); got input.shape={tuple(input.shape)}, "
             f"target.shape={tuple(target.shape)}"
         )
+    if autocast_mode.dtype is not None:
+        input, target = raised(input), raised(target)
+        weight, pos_weight = raised(weight), raised(pos_weight)
     positive = logsigmoid(input)
     if pos_weight is not None:
         positive = positive * (1 + (pos_weight - 1) * target)
@@ -341,6 +349,8 @@ def _difference(name: str, input: Any, target: Any, reduction: str) -> Any:
             UserWarning,
             stacklevel=3,
         )
+    if autocast_mode.dtype is not None:
+        input, target = raised(input), raised(target)
     return input - target
 
 

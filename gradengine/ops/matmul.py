@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, widened
-from gradengine.operation import operation, sum_to_shape
+from gradengine.operation import lowered, operation, sum_to_shape, widest
 from gradengine.ops.shape import reshape
 
 # ---- matrix products -----------------------------------------------------------------------------
@@ -57,6 +58,8 @@ def matmul(x: Any, y: Any) -> Any:
     Leading axes broadcast. A 1-D x is a row and a 1-D y a column; the result lacks that axis.
     Raises ValueError if the shapes do not fit, TypeError if the dtypes differ.
     """
+    if autocast_mode.dtype is not None:
+        x, y = lowered(x), lowered(y)
     _check_product("matmul", x, y)
     if y.ndim == 1:
         if x.ndim <= 2:
@@ -102,7 +105,10 @@ def mv(x: Any, y: Any) -> Any:
 def dot(x: Any, y: Any) -> Any:
     """Return the 0-d inner product of two vectors (K,). Raises ValueError for other ranks."""
     _check_ranks("dot", x, y, 1, 1)
-    return matmul(x, y)
+    if autocast_mode.dtype is not None:
+        x, y = widest(x, y)
+    _check_product("dot", x, y)
+    return _dot(x, y)
 
 
 def outer(x: Any, y: Any) -> Any:
@@ -178,6 +184,8 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
     Raises ValueError if the shapes do not fit, TypeError if the dtypes differ.
     """
+    if autocast_mode.dtype is not None:
+        x, weight, bias = lowered(x), lowered(weight), lowered(bias)
     arrays = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     if any(array.dtype != x.dtype for array in arrays.values()):
         got = ", ".join(f"{name}.dtype={array.dtype}" for name, array in arrays.items())
@@ -288,6 +296,8 @@ def einsum(equation: str, *operands: Any) -> Any:
     """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
+    if autocast_mode.dtype is not None:
+        operands = tuple(map(lowered, operands))
     if any(x.dtype != operands[0].dtype for x in operands):
         dtypes = ", ".join(str(x.dtype) for x in operands)
         raise TypeError(f"einsum: operands must have one dtype; got dtypes {dtypes}")

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import get_default_dtype, is_floating_point, narrowed, sum_dtype, widened
-from gradengine.operation import cast, operation
+from gradengine.operation import cast, operation, raised
 from gradengine.ops.conversion import to_dtype
 from gradengine.ops.dims import normalized_dim, normalized_dims, numpy_spelled
 from gradengine.ops.elementwise import exp, maximum, minimum, sign, where
@@ -84,6 +85,8 @@ _unreduce.pullbacks(
 def sum(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     """Return the sum over `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is None:
+        if autocast_mode.dtype is not None:
+            x = raised(x)
         return _sum(x, dim=_reduced_dims("sum", dim, x.ndim), keepdim=keepdim)
     x = to_dtype(x, dtype)
     return to_dtype(_sum(x, dim=_reduced_dims("sum", dim, x.ndim), keepdim=keepdim), x.dtype)
@@ -127,6 +130,8 @@ def cumsum(x: Any, dim: int, dtype: Any = None) -> Any:
     """Return running sums along `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is not None:
         x = to_dtype(x, dtype)
+    elif autocast_mode.dtype is not None:
+        x = raised(x)
     out = _cumsum(x, dim=normalized_dim("cumsum", dim, x.ndim), reverse=False)
     return out if dtype is None else to_dtype(out, dtype)
 
@@ -414,6 +419,8 @@ def prod(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> A
     """Return the product over `dim`, int64 for integers and bools; `dtype` converts x first."""
     if dtype is not None:
         x = to_dtype(x, dtype)
+    elif autocast_mode.dtype is not None:
+        x = raised(x)
     out = _prod(x, dim=_reduced_dims("prod", dim, x.ndim), keepdim=keepdim)
     return out if dtype is None else to_dtype(out, dtype)
 
@@ -451,6 +458,8 @@ def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
 
     Integers are converted to the default float.
     """
+    if autocast_mode.dtype is not None:
+        x = raised(x)
     x = x if is_floating_point(x.dtype) else cast(x, dtype=get_default_dtype())
     return _logsumexp(x, dim=_reduced_dims("logsumexp", dim, x.ndim), keepdim=keepdim)
 
@@ -484,6 +493,8 @@ def norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False) -> Any:
     p is "fro" (2) or a number: inf and -inf give the largest and smallest |x|, 0 counts nonzero
     elements. The derivative at 0 is 0. Raises TypeError unless x is floating.
     """
+    if autocast_mode.dtype is not None:
+        x = raised(x)
     _check_float("norm", x)
     dims = _reduced_dims("norm", dim, x.ndim)
     if p == "fro":
