@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradengine import devices
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import cuda_is_available as is_available
 from gradengine.devices import device_count
 from gradengine.grad_mode import is_grad_enabled
+from gradengine.kernels import settings
 from gradengine.kernels.cuda import capture
 from gradengine.tape import Variable, tick
 from gradengine.tensor import Tensor
@@ -173,8 +175,8 @@ class CapturedStep:
 
     def _record(self) -> _Recording:
         notes = capture.Capture(self._graphs.xp)
-        enabled = is_grad_enabled()
-        notes.conditions.append(lambda: is_grad_enabled() == enabled)
+        modes = _modes()
+        notes.conditions.append(lambda: _modes() == modes)
         try:
             with capture.running_step(notes):
                 outputs, captured = self._graphs.capture(self._run)
@@ -187,6 +189,11 @@ class CapturedStep:
                 raise RuntimeError(_refusal(error)) from error
             raise
         return _Recording(functools.partial(self._graphs.launch, captured), outputs, notes)
+
+
+def _modes() -> tuple[Any, ...]:
+    """Return what operations look at around the step."""
+    return is_grad_enabled(), autocast_mode.dtype, dict(vars(settings.cuda))
 
 
 class _Inputs:

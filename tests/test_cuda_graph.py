@@ -400,6 +400,31 @@ def test_the_mode_of_gradients_is_part_of_the_capture(gpu: Any) -> None:
     assert recorded == [True, True, False, True]
 
 
+def test_autocast_and_settings_around_are_part_of_the_capture(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = nn.Parameter(ge.tensor([[1 + 2**-8, 3.0]]))
+
+    def step(x: Any) -> Any:
+        return nn.functional.linear(x, p)
+
+    captured = ge.cuda.graph(step, warmup=1)
+    found = []
+    with ge.autocast("cuda", dtype="bfloat16"):
+        for number in range(4):
+            found.append(captured(ge.tensor([[1.0, float(number)]])))
+            found[-1] = found[-1].dtype.name, found[-1].tolist()
+            if number:  # p is the same when the capture begins
+                with ge.no_grad():
+                    p += 1
+    assert found == [("bfloat16", [[value]]) for value in (1, 4, 10, 18)]
+    assert captured(ge.tensor([[1.0, 0.0]])).tolist() == [[4 + 2**-8]]
+    for precision in ("high", "high", "highest"):
+        monkeypatch.setattr(ge.backends.cuda, "float32_matmul_precision", precision)
+        captured(ge.tensor([[1.0, 0.0]]))
+    assert gpu[0].captured == 4
+
+
 def test_an_optimizer_of_ones_own_is_captured_with_its_numbers(gpu: Any) -> None:
     class Sign(optim.Optimizer):
         def check_options(self, options: Any) -> None:
