@@ -73,6 +73,11 @@ ROWS: list[tuple[str, Any, Callable[..., Any], str]] = [
     ("cumsum", [(2, 3)], lambda t, x: t.cumsum(x, 1), "range"),
     ("norm", [(2, 3)], lambda t, x: t.norm(x), "range"),
     ("logsumexp", [(2, 3)], lambda t, x: t.logsumexp(x, 1), "range"),
+    (
+        *("layer_norm", [(2, 3), (3,), (3,)]),
+        lambda t, x, w, b: functional(t).layer_norm(x, (3,), w, b),
+        "range",
+    ),
     ("cross_entropy", [(2, 3)], cross_entropy, "range"),
     ("nll_loss", [(2, 3)], lambda t, x: functional(t).nll_loss(x, target(t)), "range"),
     ("mse_loss", [(2, 3), (2, 3)], lambda t, x, y: functional(t).mse_loss(x, y), "range"),
@@ -176,7 +181,7 @@ NOT_ON_PYTORCHS_CPU = {
     *("exp", "expm1", "log", "log2", "log10", "log1p", "pow", "**", "number **", "** tensor"),
     *("square", "rsqrt", "reciprocal", "number /", "tan", "softplus", "softmax", "log_softmax"),
     *("sum", "sum dim", "cumsum", "norm", "logsumexp", "cross_entropy", "l1_loss", "dot"),
-    *("smooth_l1", "interpolate", "scatter_add", "mv"),
+    *("smooth_l1", "interpolate", "scatter_add", "mv", "layer_norm"),
 }
 
 

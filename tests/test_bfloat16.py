@@ -21,7 +21,7 @@ EPSILON = 2.0**-8  # the largest relative error of rounding to 8 significant bit
 DTYPES = ["float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "int8", "bool"]
 
 # On the CPU their kernels are for float32 and float64.
-WITHOUT_KERNEL = {"conv1d", "conv2d", "batch_norm", "max_pool2d", "avg_pool2d", "layer_norm"}
+WITHOUT_KERNEL = {"conv1d", "conv2d", "batch_norm", "max_pool2d", "avg_pool2d"}
 CASES = [
     case
     for case in all_cases()
@@ -199,6 +199,22 @@ def test_losses_of_many_samples_have_the_right_mean(dtype):
     np.testing.assert_allclose(wide(scores.grad)[7], expected, rtol=0.01)
     probabilities = ge.softmax(scores.detach() + 1, 0)
     np.testing.assert_allclose(wide(probabilities), 1 / 5000, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_layer_norm_of_many_elements(dtype):
+    values = np.random.default_rng(0).uniform(1, 2, (2, 5000))
+    low = ge.tensor(values, dtype=dtype, device="cpu", requires_grad=True)
+    high = low.detach().double().requires_grad_()
+    results = []
+    for x in (low, high):
+        weight, bias = (ge.full((5000,), 0.5, dtype=x.dtype).requires_grad_() for _ in range(2))
+        out = ge.layer_norm(x, 5000, weight, bias)
+        out.backward(ge.ones_like(out) * (out.detach() > 0.5).to(x.dtype))
+        results.append((out, x.grad, weight.grad, bias.grad))
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == low.dtype
+        assert_near(found, expected, 2 * EPSILON, 0)
 
 
 def test_indices_named_often_add_up():

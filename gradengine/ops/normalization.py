@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradengine import kernels
+from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, check_same_device
-from gradengine.operation import array_of, operation, sum_to_shape
+from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
+from gradengine.operation import array_of, operation, raised, sum_to_shape
 from gradengine.ops.elementwise import rsqrt, where
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape
@@ -304,15 +306,16 @@ def _standardize_grad(grad: Any, normal: Any, inv_std: Any, axes: tuple[int, ...
 
 @operation(label="NativeLayerNormBackward0", keeps=("mean", "inv_std"))
 def _layer_norm(x, weight, bias, *, axes, eps):
-    mean = x.mean(axis=axes, keepdims=True)
-    out = x - mean
+    wide = x.astype(sum_dtype(x.dtype), copy=False)
+    mean = wide.mean(axis=axes, keepdims=True)
+    out = wide - mean
     inv_std = 1 / array_module(x).sqrt((out * out).mean(axis=axes, keepdims=True) + eps)
     out *= inv_std
     if weight is not None:
         out *= weight
     if bias is not None:
         out += bias
-    return out, mean, inv_std
+    return narrowed(out, x.dtype), mean, inv_std
 
 
 def _layer_norm_parts(x: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float) -> Any:
@@ -326,14 +329,15 @@ def _layer_norm_grad(
     grad: Any, x: Any, weight: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float
 ) -> Any:
     normal, inv_std = _layer_norm_parts(x, mean, inv_std, axes, eps)
-    return _standardize_grad(grad if weight is None else grad * weight, normal, inv_std, axes)
+    weighted = grad if weight is None else grad * weight
+    return narrowed(_standardize_grad(weighted, normal, inv_std, axes), x.dtype)
 
 
 def _layer_norm_grad_weight(
     grad: Any, x: Any, weight_shape: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float
 ) -> Any:
     normal, _ = _layer_norm_parts(x, mean, inv_std, axes, eps)
-    return sum_to_shape(grad * normal, shape=weight_shape)
+    return narrowed(sum_to_shape(grad * normal, shape=weight_shape), x.dtype)
 
 
 _layer_norm.pullbacks(
@@ -357,9 +361,11 @@ def layer_norm(
     Raises ValueError if the shapes do not fit, TypeError unless all are of one floating dtype.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if autocast_mode.dtype is not None:
+        x, weight, bias = raised(x), raised(weight), raised(bias)
     given = {"x": x, "weight": weight, "bias": bias}
     given = {name: value for name, value in given.items() if value is not None}
-    if x.dtype.kind != "f" or any(value.dtype != x.dtype for value in given.values()):
+    if not is_floating_point(x.dtype) or any(value.dtype != x.dtype for value in given.values()):
         got = ", ".join(f"{name}.dtype={value.dtype}" for name, value in given.items())
         raise TypeError(f"layer_norm: all inputs must be of one floating point dtype; got {got}")
     if (
