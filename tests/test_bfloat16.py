@@ -86,6 +86,24 @@ def test_factories_conversions_and_values():
     )
 
 
+@pytest.mark.pytorch
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_it_is_saved_as_it_is_and_loaded_as_float32(tmp_path, suffix):
+    torch = pytest.importorskip("torch")
+    x = bfloat16(np.random.default_rng(0).standard_normal((3, 4)))
+    path = tmp_path / f"weights{suffix}"
+    ge.save({"x": x, "transposed": x.T, "y": x.float()}, path)
+    if suffix == ".pth":
+        loaded = torch.load(path, weights_only=True)
+    else:
+        loaded = pytest.importorskip("safetensors.torch").load_file(path)
+    assert (loaded["x"].dtype, loaded["y"].dtype) == (torch.bfloat16, torch.float32)
+    assert loaded["x"].tolist() == loaded["transposed"].T.tolist() == x.tolist()
+    ours = ge.load(path)
+    assert ours["x"].dtype == ours["transposed"].dtype == ge.float32
+    assert ours["x"].bfloat16().tolist() == ours["transposed"].T.tolist() == x.tolist()
+
+
 def test_a_module_converts():
     layer = ge.nn.Linear(3, 2, device="cpu").bfloat16()
     assert {parameter.dtype for parameter in layer.parameters()} == {BF16}

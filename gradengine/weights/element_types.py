@@ -32,8 +32,9 @@ ELEMENT_TYPES = (
     ElementType("uint8", "ByteStorage", "U8", "uint8", "uint8"),
     ElementType("bool", "BoolStorage", "BOOL", "bool", "bool"),
 )
-# What arrays are written as; bfloat16 is only read, for NumPy has no such dtype.
-BY_DTYPE = {kind.dtype: kind for kind in ELEMENT_TYPES if kind.torch_name != "bfloat16"}
+_BFLOAT16 = next(kind for kind in ELEMENT_TYPES if kind.torch_name == "bfloat16")
+# What arrays are written as; bfloat16 is known by its name, without the import of ml_dtypes.
+BY_DTYPE = {kind.dtype: kind for kind in ELEMENT_TYPES if kind is not _BFLOAT16}
 READABLE = ", ".join(kind.torch_name for kind in ELEMENT_TYPES)
 
 
@@ -53,8 +54,10 @@ def decode(raw: np.ndarray, kind: ElementType, *, big_endian: bool = False) -> n
 
 def element_type_of(array: np.ndarray) -> ElementType:
     """Return the element type that `array` is written as; TypeError if there is none."""
+    if array.dtype.name == "bfloat16":
+        return _BFLOAT16
     kind = BY_DTYPE.get(array.dtype.newbyteorder("="))
     if kind is None:
-        names = ", ".join(dtype.name for dtype in BY_DTYPE)
+        names = ", ".join(dtype.name for dtype in BY_DTYPE) + ", bfloat16"
         raise TypeError(f"save: dtype must be one of {names}; got dtype={array.dtype}")
     return kind
