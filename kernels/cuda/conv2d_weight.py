@@ -1,0 +1,375 @@
+"""The gradient of 2-D convolution by the weight, on tensor cores.
+
+Output pixels are the depth of this product, much larger than its result. Blocks share them in
+slices, of which there are as many as keep the device busy, and `slices` adds up what they found.
+What tensor cores do not suit is left to `conv2d_plain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from gradengine.devices import array_module
+from gradengine.kernels import settings
+from gradengine.kernels.cuda import conv2d_plain, slices
+from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
+from gradengine.kernels.cuda.layout import channels_last
+from gradengine.kernels.cuda.tiles import CHUNK_BYTES, TensorTile, covering
+from gradengine.kernels.geometry import CACHED_GEOMETRIES
+from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
+
+if TYPE_CHECKING:
+    from gradengine.kernels.geometry import Conv2dGeometry
+
+SOURCE = "conv2d_weight.cu"
+
+GATHER_TILES = (TensorTile(128, 128, 64, 32, 3), TensorTile(64, 64, 32, 32, 4))
+
+TENSOR_CORE_ARCHITECTURE = 80
+MAXIMUM_IMAGE = 1 << 28  # elements: offsets within a patch are 32 bits wide
+MAXIMUM_PIXELS = 1 << 31
+MAXIMUM_SPOT = 1 << 10  # rows, columns or images of a patch: numbers of 10 bits
+
+# What one multiprocessor of an H100 does in a nanosecond: it decides between ways to compute.
+OPERATIONS = {2: 4500.0, 4: 2250.0}  # by the elements' bytes
+BYTES = 40.0  # from its level-2 cache
+PATCH_NANOSECONDS = 300.0  # of waiting, unless another block works meanwhile
+
+
+class WindowTile(NamedTuple):
+    """Sizes of a block's tile in window_grad_weight, as its template has them."""
+
+    channels: int
+    groups: int  # of 8 columns, of each warp
+
+    ROWS = 64
+    WARPS = 8
+    TABLE_BYTES = 12  # struct TargetPixel, struct SourcePixel
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.WARPS
+
+    @property
+    def taps(self) -> int:
+        """Return how many taps a block computes at most."""
+        return self.WARPS * self.groups * 8 // self.channels
+
+    def pitches(self, itemsize: int) -> tuple[int, int]:
+        """Return the bytes from one pixel of grad to the next in shared memory, and of x."""
+        pad = 16 if itemsize == 2 else 32
+        return self.ROWS * itemsize + pad, self.channels * itemsize + (
+            pad if self.channels > 8 else 0
+        )
+
+
+WINDOW_TILES = (WindowTile(64, 9), WindowTile(8, 4))
+
+_WINDOW_FIELDS = (
+    *("batch", "height", "width", "channels", "out_height", "out_width", "out_channels"),
+    *("kernel_width", "taps", "stride_y", "stride_x", "padding_y", "padding_x"),
+    *("dilation_y", "dilation_x", "images", "rows", "columns"),
+    *("row_blocks", "column_blocks", "patches", "source_rows", "source_columns"),
+    *("phase_pitch", "row_pitch", "image_pitch", "slice_patches"),
+)
+_GATHER_FIELDS = (
+    *("height", "width", "channels", "out_height", "out_width", "out_channels"),
+    *("kernel_width", "taps", "groups", "stride_y", "stride_x", "padding_y", "padding_x"),
+    *("dilation_y", "dilation_x", "pixels", "slice_pixels"),
+)
+
+_ELEMENTS = ("float16", "bfloat16", "float")
+KERNELS = {
+    SOURCE: (
+        *(
+            f"window_grad_weight<{e}, {t.channels}, {t.groups}>"
+            for e in _ELEMENTS
+            for t in WINDOW_TILES
+        ),
+        *(
+            f"gather_grad_weight<{e}, {', '.join(map(str, t))}>"
+            for e in _ELEMENTS
+            for t in GATHER_TILES
+        ),
+    )
+}
+
+
+def grad_weight(
+    grad: Array, x: Array, geometry: Conv2dGeometry, out_dtype: Any | None = None
+) -> Array:
+    """Give the gradient by weight, (K, C / groups, R, S), for grad (N, K, out_height, out_width).
+
+    Its dtype is x's, or out_dtype: float32 is possible for float16 and bfloat16 as well.
+    """
+    if not _suits(geometry, x.dtype):
+        return conv2d_plain.grad_weight(grad, x, geometry, out_dtype)
+    xp = array_module(x)
+    filled = _filled(geometry, x.dtype.itemsize)
+    grad, x = _aligned(to_nhwc(grad)), _aligned(channels_last(x, filled.channels))
+    plan = _plan(filled.geometry, x.dtype.itemsize, device_limits())
+    outputs, channels, height, width = filled.geometry.weight_shape
+    partials = xp.empty(
+        (plan.slices, outputs * height, filled.taps, channels * width // filled.taps), np.float32
+    )
+    run = kernel(SOURCE, plan.name.format(c_name(x.dtype)))
+    grid = (plan.blocks, plan.slices)
+    run(grid, (plan.threads,), (grad, x, partials, plan.record), plan.shared_bytes)
+    outputs, channels, height, width = geometry.weight_shape
+    out = xp.empty((outputs, height, width, channels), x.dtype if out_dtype is None else out_dtype)
+    slices.add_slices(partials, out.reshape(-1, width, channels), filled.first_tap)
+    return from_nhwc(out)
+
+
+def _aligned(array: Array) -> Array:
+    """Give a contiguous array at a multiple of 16 bytes: nearly always itself."""
+    return array.copy() if address(array) % CHUNK_BYTES else array
+
+
+def _suits(geometry: Conv2dGeometry, dtype: Any) -> bool:
+    if dtype == np.float64 or (dtype == np.float32 and not settings.cuda.conv_tf32):
+        return False
+    image = max(
+        geometry.in_channels * geometry.height * geometry.width,
+        geometry.out_channels * geometry.out_height * geometry.out_width,
+    )
+    chunk = CHUNK_BYTES // dtype.itemsize
+    fills_chunks = geometry.groups == 1 or geometry.in_channels // geometry.groups % chunk == 0
+    return (
+        fills_chunks
+        and geometry.out_channels // geometry.groups % chunk == 0
+        and image < MAXIMUM_IMAGE
+        and 0 < geometry.batch * geometry.out_height * geometry.out_width < MAXIMUM_PIXELS
+        and device_limits().architecture >= TENSOR_CORE_ARCHITECTURE
+    )
+
+
+class _Filled(NamedTuple):
+    """A convolution whose channels fill chunks of 16 bytes, equal to one whose channels do not."""
+
+    geometry: Conv2dGeometry
+    channels: int  # of x, the new ones zero
+    taps: int  # of a row of the kernel, its own from first_tap on
+    first_tap: int
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def _filled(geometry: Conv2dGeometry, itemsize: int) -> _Filled:
+    """Fill up channels with zeros; up to four, if windows start at even pixels, by pairs of pixels.
+
+    Two neighbouring pixels of 4 channels are one of 8. Windows then start at a pair if stride and
+    padding are even; an odd padding is made even by a tap of zeros before the others.
+    """
+    chunk = CHUNK_BYTES // itemsize
+    channels, width, taps = geometry.in_channels, geometry.width, geometry.kernel_width
+    (vertical, horizontal), (rows, (left, right)) = geometry.stride, geometry.padding
+    is_few = geometry.groups == 1 and channels <= 4
+    if is_few and horizontal % 2 == 0 and width % 2 == 0 and geometry.dilation[1] == 1:
+        first_tap = left % 2
+        taps += first_tap
+        taps += taps % 2
+        by_pairs = geometry._replace(
+            in_channels=8,
+            width=width // 2,
+            kernel_width=taps // 2,
+            stride=(vertical, horizontal // 2),
+            padding=(rows, ((left + first_tap) // 2, right)),
+        )
+        return _Filled(by_pairs, 4, taps, first_tap)
+    if geometry.groups == 1 and channels % chunk:
+        channels = max(8, -(-channels // chunk) * chunk)
+        geometry = geometry._replace(in_channels=channels)
+    return _Filled(geometry, channels, taps, 0)
+
+
+# ---- plans --------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """How a geometry is launched."""
+
+    name: str  # of the kernel, {} for the element type
+    threads: int
+    blocks: int  # of a slice
+    slices: int
+    shared_bytes: int
+    record: np.ndarray  # 0-d: the struct that the kernel takes
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def _plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Plan:
+    """Choose what takes a multiprocessor least time, if it had to do everything."""
+    tile = min(
+        (tile for tile in GATHER_TILES if tile.shared_bytes <= limits.shared_bytes),
+        key=lambda tile: _gather_time(tile, geometry, itemsize),
+    )
+    window = _window(geometry, itemsize, limits)
+    if window is None or _gather_time(tile, geometry, itemsize) < window.time:
+        return _gather_plan(tile, geometry)
+    return _window_plan(window, geometry)
+
+
+def _gather_time(tile: TensorTile, geometry: Conv2dGeometry, itemsize: int) -> float:
+    outputs, channels, height, width = geometry.weight_shape
+    blocks = geometry.groups * covering(tile, outputs // geometry.groups, height * width * channels)
+    operations = 2 * tile.rows * tile.columns / OPERATIONS[itemsize]
+    loads = (tile.rows + tile.columns) * itemsize / BYTES
+    return blocks * _pixels(geometry) * max(operations, loads)
+
+
+def _gather_plan(tile: TensorTile, geometry: Conv2dGeometry) -> _Plan:
+    outputs, channels, height, width = geometry.weight_shape
+    columns = height * width * channels
+    blocks = geometry.groups * covering(tile, outputs // geometry.groups, columns)
+    # slabs hold at most 64 pixels, and the first of a slice wait for memory
+    share = slices.plan(_pixels(geometry), 64, 512, blocks, 2, outputs * columns)
+    record = _record(_GATHER_FIELDS, geometry, pixels=_pixels(geometry), slice_pixels=share.depth)
+    name = f"gather_grad_weight<{{}}, {', '.join(map(str, tile))}>"
+    return _Plan(name, tile.threads, blocks, share.slices, tile.shared_bytes, record)
+
+
+class _Window(NamedTuple):
+    """Patches of images x rows x columns output pixels, and what they take."""
+
+    tile: WindowTile
+    images: int
+    rows: int
+    columns: int
+    source_rows: int
+    source_columns: int
+    phase_pitch: int
+    row_pitch: int
+    image_pitch: int
+    shared_bytes: int
+    beside: int  # blocks that one multiprocessor runs at a time
+    time: float  # of a multiprocessor, for everything
+
+
+def _window(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Window | None:
+    """Choose patches, or none where the kernel does not suit."""
+    taps = geometry.kernel_height * geometry.kernel_width
+    if geometry.groups > 1 or taps == 1:
+        return None
+    tile = WINDOW_TILES[geometry.in_channels <= 8]
+    windows = _windows(tile, geometry, itemsize, limits)
+    return min(windows, key=lambda window: window.time, default=None)
+
+
+def _windows(
+    tile: WindowTile, geometry: Conv2dGeometry, itemsize: int, limits: Limits
+) -> Iterator[_Window]:
+    """Give all sensible patches that fit into shared memory."""
+    height, width = geometry.out_height, geometry.out_width
+    for strips in range(1, -(-width // 8) + 1):
+        columns = -(-width // strips)
+        for rows in range(1, height + 1):
+            window = _patch(tile, geometry, itemsize, limits, (1, rows, columns))
+            if window is None:
+                break
+            yield window
+            if (rows, columns) != (height, width):
+                continue
+            for images in range(2, geometry.batch + 1):
+                window = _patch(tile, geometry, itemsize, limits, (images, rows, columns))
+                if window is None:
+                    break
+                yield window
+
+
+def _patch(
+    tile: WindowTile,
+    geometry: Conv2dGeometry,
+    itemsize: int,
+    limits: Limits,
+    patch: tuple[int, int, int],
+) -> _Window | None:
+    """Lay a patch out in shared memory, and estimate what it takes; None if it does not fit."""
+    images, rows, columns = patch
+    (step_y, step_x), (spread_y, spread_x) = geometry.stride, geometry.dilation
+    source_rows = (rows - 1) * step_y + (geometry.kernel_height - 1) * spread_y + 1
+    source_columns = (columns - 1) * step_x + (geometry.kernel_width - 1) * spread_x + 1
+    phase_pitch = -(-source_columns // step_x)
+    # eight output pixels one after the other shall not meet in a bank, nor where a row ends
+    row_pitch = _spaced(phase_pitch * step_x, columns, step_y)
+    image_pitch = _spaced(source_rows * row_pitch, rows * columns, 1)
+    depth = CHUNK_BYTES * 2 // itemsize
+    padded = -(-images * rows * columns // depth) * depth
+    grad_pitch, x_pitch = tile.pitches(itemsize)
+    stage = padded * grad_pitch + images * image_pitch * x_pitch
+    sources = images * source_rows * source_columns
+    shared_bytes = 2 * stage + tile.TABLE_BYTES * (padded + sources)
+    if (
+        max(images, source_rows, source_columns) >= MAXIMUM_SPOT
+        or shared_bytes > limits.shared_bytes
+    ):
+        return None
+    beside = 2 if tile.groups <= 4 and 2 * shared_bytes < limits.shared_bytes else 1
+    operations = 2 * tile.ROWS * tile.WARPS * tile.groups * 8 * padded / OPERATIONS[itemsize]
+    loads = (padded * tile.ROWS + sources * tile.channels) * itemsize / BYTES
+    patches = -(-geometry.batch // images) * -(-geometry.out_height // rows)
+    patches *= -(-geometry.out_width // columns) * _window_blocks(tile, geometry)
+    return _Window(
+        tile,
+        *(images, rows, columns, source_rows, source_columns),
+        *(phase_pitch, row_pitch, image_pitch, shared_bytes, beside),
+        patches * (max(operations, loads) + PATCH_NANOSECONDS * (beside == 1)),
+    )
+
+
+def _spaced(least: int, pixels: int, steps: int) -> int:
+    """Return a pitch from `least` on whose `steps`-fold is `pixels` beyond a multiple of 8."""
+    return next((p for p in range(least, least + 8) if (steps * p - pixels) % 8 == 0), least)
+
+
+def _window_blocks(tile: WindowTile, geometry: Conv2dGeometry) -> int:
+    taps = geometry.kernel_height * geometry.kernel_width
+    across = -(-geometry.in_channels // tile.channels) * -(-taps // tile.taps)
+    return -(-geometry.out_channels // tile.ROWS) * across
+
+
+def _window_plan(window: _Window, geometry: Conv2dGeometry) -> _Plan:
+    tile = window.tile
+    row_blocks = -(-geometry.out_height // window.rows)
+    column_blocks = -(-geometry.out_width // window.columns)
+    patches = -(-geometry.batch // window.images) * row_blocks * column_blocks
+    blocks = _window_blocks(tile, geometry)
+    outputs, channels, height, width = geometry.weight_shape
+    size = outputs * height * width * channels
+    share = slices.plan(patches, 1, 2, blocks, window.beside, size)
+    names = ("images", "rows", "columns", "source_rows", "source_columns")
+    names += ("phase_pitch", "row_pitch", "image_pitch")
+    record = _record(
+        _WINDOW_FIELDS,
+        geometry,
+        **{name: getattr(window, name) for name in names},
+        row_blocks=row_blocks,
+        column_blocks=column_blocks,
+        patches=patches,
+        slice_patches=share.depth,
+    )
+    name = f"window_grad_weight<{{}}, {tile.channels}, {tile.groups}>"
+    return _Plan(name, tile.threads, blocks, share.slices, window.shared_bytes, record)
+
+
+def _record(fields: tuple[str, ...], geometry: Conv2dGeometry, **others: int) -> np.ndarray:
+    """Return a struct of ints: sizes of the geometry under its names, and others."""
+    values = {
+        **geometry._asdict(),
+        "channels": geometry.in_channels,
+        "taps": geometry.kernel_height * geometry.kernel_width,
+        **others,
+    }
+    pads = tuple(before for before, _ in geometry.padding)
+    pairs = {"stride": geometry.stride, "padding": pads, "dilation": geometry.dilation}
+    for name, (vertical, horizontal) in pairs.items():
+        values[f"{name}_y"], values[f"{name}_x"] = vertical, horizontal
+    numbers = tuple(values[name] for name in fields)
+    return np.array(numbers, [(name, np.int32) for name in fields])
+
+
+def _pixels(geometry: Conv2dGeometry) -> int:
+    return geometry.batch * geometry.out_height * geometry.out_width

@@ -1,0 +1,254 @@
+"""The gradient of convolution by the weight on emulated tensor cores, against sums in float64."""
+
+import numpy as np
+import pytest
+
+from gradengine.kernels import settings
+from gradengine.kernels.cuda import conv2d_weight, launch, slices
+from gradengine.kernels.geometry import conv2d_geometry
+from tests.emulator.emulator import Schedule
+from tests.kernels.memory import laid_out
+from tests.kernels.tap_sums import convolution_passes
+
+BFLOAT16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, ("float16", "float32", "float64"))
+
+# Of the result's rounding; of both factors' to tf32; of sums in float32: relative to the sum of
+# absolute products.
+TOLERANCES = {FLOAT16: 1e-3, BFLOAT16: 8e-3, FLOAT32: 2.0**-10, FLOAT64: 1e-14}
+SUM_TOLERANCE = 3e-6
+
+# x shape, weight shape, stride, padding, dilation, groups
+CASES = {
+    "square": ((2, 64, 7, 9), (64, 64, 3, 3), 1, 1, 1, 1),
+    "several_blocks": ((1, 72, 5, 6), (72, 72, 3, 3), 1, 1, 1, 1),
+    "stride": ((2, 64, 9, 8), (16, 64, 3, 3), 2, 1, 1, 1),
+    "stride_skips_pixels": ((1, 16, 9, 11), (8, 16, 2, 2), 3, 0, 1, 1),
+    "dilation": ((1, 64, 9, 8), (8, 64, 3, 3), (1, 2), 2, (2, 3), 1),
+    "one_sided_padding": ((1, 24, 6, 5), (8, 24, 4, 2), 1, "same", 1, 1),
+    "more_taps_than_a_block": ((1, 64, 6, 7), (8, 64, 5, 5), 1, 2, 1, 1),
+    "stem": ((2, 3, 14, 20), (64, 3, 7, 7), 2, 3, 1, 1),
+    "pairs_of_one_channel": ((1, 1, 8, 12), (8, 1, 3, 4), (1, 2), (1, 2), (2, 1), 1),
+    "few_channels": ((2, 3, 9, 7), (16, 3, 3, 3), 1, 1, 1, 1),
+    "eight_channels": ((1, 8, 5, 7), (24, 8, 7, 5), 1, 2, 1, 1),
+    "filled_channels": ((2, 11, 6, 7), (8, 11, 3, 3), (2, 1), (0, 2), (1, 2), 1),
+    "large_stride": ((1, 8, 9, 9), (8, 8, 2, 2), 4, 1, 1, 1),
+}
+GATHERED = {
+    "pointwise": ((2, 64, 5, 7), (72, 64, 1, 1), 1, 0, 1, 1),
+    "pointwise_stride": ((2, 16, 9, 10), (16, 16, 1, 1), 2, 0, 1, 1),
+    "groups": ((2, 48, 5, 6), (32, 24, 3, 3), 1, 1, 1, 2),
+}
+DTYPES = [FLOAT16, BFLOAT16, FLOAT32]
+PLAIN = {
+    "few_outputs": ((1, 8, 5, 5), (3, 8, 3, 3), 1, 1, 1, 1),
+    "ragged_groups": ((1, 12, 5, 5), (24, 3, 3, 3), 1, 1, 1, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def _plans_are_made_anew():
+    conv2d_weight._plan.cache_clear()
+    yield
+    conv2d_weight._plan.cache_clear()
+
+
+@pytest.fixture(params=["window", "gather"])
+def way(request, monkeypatch):
+    """Compute by one of the two kernels."""
+    return chosen(request.param, monkeypatch)
+
+
+def chosen(way, monkeypatch):
+    monkeypatch.setattr(conv2d_weight, "_gather_time", lambda *_: 0 if way == "gather" else np.inf)
+    return way
+
+
+def drawn(case, rng, dtype=FLOAT32):
+    """Give a case's geometry, grad and x."""
+    cases = CASES | GATHERED | PLAIN
+    x_shape, weight_shape, *attributes = cases[case] if isinstance(case, str) else case
+    geometry = conv2d_geometry(x_shape, weight_shape, *attributes)
+    shapes = (geometry.output_shape, geometry.input_shape)
+    return geometry, *(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def check(geometry, grad, x, *, given=None, out_dtype=None):
+    weight = np.zeros(geometry.weight_shape)
+    *_, expected = convolution_passes(x, weight, grad, geometry)
+    *_, scale = convolution_passes(abs(x), weight, abs(grad), geometry)
+    given_grad, given_x = given or (grad, x)
+    got = conv2d_weight.grad_weight(given_grad, given_x, geometry, out_dtype)
+    assert got.dtype == (out_dtype or x.dtype)
+    assert got.shape == expected.shape
+    assert got.transpose(0, 2, 3, 1).flags.c_contiguous
+    tolerance = SUM_TOLERANCE if out_dtype else TOLERANCES[x.dtype]
+    error = np.abs(got.astype(np.float64) - expected)
+    assert (error <= tolerance * scale).all()  # false for NaN
+    return got
+
+
+def kinds(emulator):
+    return {name.split("_")[0] for source, name in emulator.loaded if "weight" in source}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_sums(case, dtype, way, emulated_cuda, rng):
+    check(*drawn(case, rng, dtype))
+    assert kinds(emulated_cuda) == {way}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GATHERED)
+def test_what_has_no_windows_is_gathered(case, dtype, emulated_cuda, rng):
+    check(*drawn(case, rng, dtype))
+    assert kinds(emulated_cuda) == {"gather"}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_other_channels_take_no_tensor_cores(case, emulated_cuda, rng):
+    check(*drawn(case, rng))
+    assert not kinds(emulated_cuda)
+
+
+def test_float64_takes_no_tensor_cores(emulated_cuda, rng):
+    check(*drawn("square", rng, FLOAT64))
+    assert not kinds(emulated_cuda)
+
+
+def test_exact_float32_takes_no_tensor_cores(emulated_cuda, rng, monkeypatch):
+    monkeypatch.setattr(settings.cuda, "conv_tf32", False)
+    check(*drawn("few_channels", rng), out_dtype=FLOAT32)
+    assert not kinds(emulated_cuda)
+
+
+def test_old_devices_take_no_tensor_cores(emulated_cuda, rng):
+    emulated_cuda.device_limits = launch.device_limits()._replace(architecture=75)
+    launch.forget_kernels()
+    check(*drawn("few_channels", rng, FLOAT16))
+    assert not kinds(emulated_cuda)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("case", ["square", "pointwise", "stem", "few_outputs"])
+def test_result_in_float32(case, dtype, emulated_cuda, rng):
+    """16-bit factors are exact in products: only the sums round."""
+    check(*drawn(case, rng, dtype), out_dtype=FLOAT32)
+
+
+@pytest.mark.parametrize("case", ["square", "stem"])
+@pytest.mark.parametrize("memory", ["nchw", "strided", "read_only"])
+def test_any_memory(memory, case, emulated_cuda, rng):
+    geometry, grad, x = drawn(case, rng)
+    check(geometry, grad, x, given=(laid_out(grad, memory), laid_out(x, memory)))
+
+
+def test_memory_that_is_not_aligned(way, emulated_cuda, rng):
+    geometry, *arrays = drawn("square", rng)
+    given = []
+    for array in arrays:
+        n, c, h, w = array.shape
+        shifted = np.empty(array.size + 1, FLOAT32)[1:].reshape(n, h, w, c).transpose(0, 3, 1, 2)
+        shifted[...] = array
+        given.append(shifted)
+    check(geometry, *arrays, given=tuple(given))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
+def test_empty_batch(dtype, emulated_cuda):
+    geometry = conv2d_geometry((0, 8, 5, 5), (16, 8, 3, 3))
+    shapes = (geometry.output_shape, geometry.input_shape)
+    grad, x = (np.ones(shape, dtype) for shape in shapes)
+    got = conv2d_weight.grad_weight(grad, x, geometry)
+    np.testing.assert_array_equal(got, np.zeros(geometry.weight_shape))
+
+
+# ---- patches and slices ----------------------------------------------------------------------------
+
+PATCHED = {
+    "rows": ((1, 64, 9, 6), (8, 64, 3, 3), 1, 1, 1, 1),
+    "columns": ((1, 8, 3, 40), (16, 8, 3, 3), 1, 1, 1, 1),
+    "images": ((5, 64, 3, 3), (8, 64, 2, 2), 1, 1, 1, 1),
+    "stem": ((2, 3, 14, 20), (24, 3, 7, 7), 2, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+@pytest.mark.parametrize("patch", [(1, 1, 9), (1, 2, 4), (1, 4, 100), (2, 100, 100), (3, 100, 100)])
+@pytest.mark.parametrize("case", PATCHED)
+def test_patches(case, patch, dtype, emulated_cuda, rng, monkeypatch):
+    """Of any size, so that some stick out of the output, in every direction."""
+    geometry, grad, x = drawn(PATCHED[case], rng, dtype)
+
+    def windows(tile, geometry, itemsize, limits):
+        sizes = map(min, patch, (geometry.batch, geometry.out_height, geometry.out_width))
+        yield conv2d_weight._patch(tile, geometry, itemsize, limits, tuple(sizes))
+
+    chosen("window", monkeypatch)
+    monkeypatch.setattr(conv2d_weight, "_windows", windows)
+    check(geometry, grad, x)
+    assert kinds(emulated_cuda) == {"window"}
+
+
+@pytest.mark.parametrize("case", ["square", "stem", "dilation"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_schedule_gives_equal_bits(case, dtype, way, emulated_cuda, rng):
+    geometry, grad, x = drawn(case, rng, dtype)
+    expected = check(geometry, grad, x)
+    for order in ("forward", "reverse", "random"):
+        for lazy in (True, False):
+            with emulated_cuda.scheduled(Schedule(order, lazy, lazy)):
+                got = conv2d_weight.grad_weight(grad, x, geometry)
+                np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
+def test_slices(dtype, way, emulated_cuda, rng, monkeypatch):
+    """One pixel more than whole slabs, and slices of which the last is short."""
+    geometry, grad, x = drawn(((1, 8, 14, 23), (8, 8, 2, 2), 1, 0, 1, 1), rng, dtype)
+    plans = []
+
+    def plan(depth, unit, *_):
+        plans.append(slices.Plan(-(-depth // (2 * unit)), 2 * unit))
+        return plans[-1]
+
+    monkeypatch.setattr(slices, "plan", plan)
+
+    def windows(tile, geometry, itemsize, limits):
+        yield conv2d_weight._patch(tile, geometry, itemsize, limits, (1, 3, 22))
+
+    monkeypatch.setattr(conv2d_weight, "_windows", windows)
+    check(geometry, grad, x)
+    assert plans[0].slices > 2
+
+
+def test_operands_share_no_banks(way, emulated_cuda, rng):
+    emulated_cuda.statistics()  # counts anew
+    for case, dtype in (("square", FLOAT16), ("stem", BFLOAT16), ("stride", FLOAT16)):
+        check(*drawn(case, rng, dtype))
+    assert emulated_cuda.statistics()["bank_conflicts"] == 0
+
+
+RESNET18 = {
+    "stem": (3, 64, 224, 7, 2, 3),
+    "layer1": (64, 64, 56, 3, 1, 1),
+    "layer2": (64, 128, 56, 3, 2, 1),
+    "layer4": (512, 512, 7, 3, 1, 1),
+    "pointwise": (128, 256, 28, 1, 2, 0),
+}
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("name", RESNET18)
+def test_plans_of_a_network_fill_the_device(name, itemsize, emulated_cuda):
+    inputs, outputs, size, kernel, stride, padding = RESNET18[name]
+    emulated_cuda.device_limits = launch.Limits(90, 132, 227 << 10)
+    geometry = conv2d_geometry(
+        (256, inputs, size, size), (outputs, inputs, kernel, kernel), stride, padding
+    )
+    filled = conv2d_weight._filled(geometry, itemsize).geometry
+    plan = conv2d_weight._plan(filled, itemsize, launch.device_limits())
+    assert ("window" in plan.name) == (name != "pointwise")
+    assert plan.shared_bytes <= 227 << 10
+    assert 0.7 * 132 <= plan.blocks * plan.slices <= 2 * 132
