@@ -12,4 +12,5 @@ def relu(x: Array) -> Array:
 
 def relu_grad(grad: Array, out: Array) -> Array:
     xp = array_module(grad)
-    return xp.where(out == 0, xp.zeros((), grad.dtype), grad)
+    passed = xp.where(out == 0, xp.zeros((), grad.dtype), grad)
+    return passed.astype(grad.dtype, copy=False)  # CuPy's where makes bfloat16 float32
