@@ -10,6 +10,7 @@ Positional parameters are inputs, keyword-only ones are attributes. A pullback t
 first. Its other parameters name what it needs, and nothing else is kept until backward: an input (`x`), its
 shape or dtype alone (`x_shape`, `x_dtype`), the result (`out`), an attribute, a name listed in `keeps` (what
 forward returns beside its result) or, for an operation on `*inputs`, the `position` of the input it is for.
+With a keyword-only `onto=None` it may be handed the input's gradient so far, and returns the sum.
 
 Operations are polymorphic: given Tensors they return, and record, a Tensor; given arrays they return an
 array. Pullbacks are written in operations and operators, so that one formula runs on arrays in an ordinary

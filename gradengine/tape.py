@@ -413,14 +413,24 @@ def _pull(
         parent, pullback, saved = edge
         if pullback is None:
             _refuse_freed(node)
-        share = pullback(grad, *_unpack(node, saved, create_graph)) if saved else pullback(grad)
+        known = gradients.get(parent)
+        adds = known is not None and _can_add(pullback, create_graph)
+        if adds:  # in the pass that computes the share
+            share = pullback(grad, *_unpack(node, saved, create_graph), onto=known)
+        else:
+            share = pullback(grad, *_unpack(node, saved, create_graph)) if saved else pullback(grad)
         if share.shape != parent.shape or share.dtype != parent.dtype:
             share = _rounded(node, share, parent)
-        if parent in gradients:
-            gradients[parent] = _sum(gradients[parent], share)
-        else:
+        if known is None:
             gradients[parent] = share
             heapq.heappush(heap, (-parent.index, parent))
+        else:
+            gradients[parent] = share if adds else _sum(known, share)
+
+
+def _can_add(pullback: Callable[..., Any], create_graph: bool) -> bool:
+    """Whether a pullback takes the gradient so far as `onto` and returns the sum."""
+    return not create_graph and "onto" in (getattr(pullback, "__kwdefaults__", None) or ())
 
 
 def _rounded(node: Node, share: Any, parent: Node) -> Any:

@@ -84,14 +84,24 @@ def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> PackedConv2d:
     return PackedConv2d(module.pack_conv2d(weight, geometry), geometry, weight.dtype)
 
 
-def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
-    """Give conv2d's gradient by x, (N, C, H, W), for grad (N, K, out_height, out_width)."""
+def conv2d_grad_input(
+    grad: Array, weight: Array, geometry: Conv2dGeometry, onto: Array | None = None
+) -> Array:
+    """Give conv2d's gradient by x, (N, C, H, W), for grad (N, K, out_height, out_width).
+
+    It is added to `onto`, shaped like x, where that is given.
+    """
     name = "conv2d_grad_input"
     _check_shape(name, "grad", grad, geometry.output_shape)
     _check_shape(name, "weight", weight, geometry.weight_shape)
-    return _module(name, "conv2d", grad=grad, weight=weight).conv2d_grad_input(
-        grad, weight, geometry
-    )
+    arrays = {"grad": grad, "weight": weight}
+    if onto is not None:
+        _check_shape(name, "onto", onto, geometry.input_shape)
+        arrays["onto"] = onto
+    out = _module(name, "conv2d", **arrays).conv2d_grad_input(grad, weight, geometry)
+    if onto is not None:
+        out += onto
+    return out
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:

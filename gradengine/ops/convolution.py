@@ -35,9 +35,15 @@ def _conv2d_grad_weight(grad, x, *, geometry):
     return kernels.conv2d_grad_weight(grad, x, geometry)
 
 
+def _grad_input_onto(grad, weight, geometry, *, onto=None):
+    if onto is None:
+        return _conv2d_grad_input(grad, weight, geometry=geometry)
+    return kernels.conv2d_grad_input(grad, weight, geometry, onto)
+
+
 for _convolution in (_conv2d, _conv2d_moments):
     _convolution.pullbacks(
-        x=lambda grad, weight, geometry: _conv2d_grad_input(grad, weight, geometry=geometry),
+        x=_grad_input_onto,
         weight=lambda grad, x, geometry: _conv2d_grad_weight(grad, x, geometry=geometry),
         bias=lambda grad: sum(grad, dim=(0, 2, 3)),
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gradengine as ge
+from gradengine import kernels
 from gradengine.ops.convolution import conv1d, conv2d
 
 
@@ -88,3 +89,26 @@ def test_third_derivative_is_recorded():
     # Each output is the sum s of four halves: d3(s**3) along ones is 6 * 2**3 * 0.5 / 2 a tap.
     taps = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]])
     np.testing.assert_allclose(third.numpy()[0, 0], taps * 6 * 2 * 2 * 0.5)
+
+
+def test_a_convolution_adds_its_share_to_the_gradient_there_is(monkeypatch):
+    """As in a residual block, whose input's gradient comes from the shortcut first."""
+    x = ge.randn(2, 3, 6, 5, dtype=ge.float64, requires_grad=True)
+    weight = ge.randn(3, 3, 3, 3, dtype=ge.float64)
+    (expected,) = ge.autograd.grad(ge.conv2d(x, weight, padding=1).sum(), x)
+    given = []
+    kernel = kernels.conv2d_grad_input
+
+    def spy(grad, weight, geometry, onto=None):
+        given.append(onto is not None)
+        return kernel(grad, weight, geometry, onto)
+
+    monkeypatch.setattr(kernels, "conv2d_grad_input", spy)
+    y = ge.conv2d(x, weight, padding=1)
+    (y + 2 * x).sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), expected.numpy() + 2)
+    x.grad = None
+    shortcut = 2 * x
+    (ge.conv2d(x, weight, padding=1) + shortcut).sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), expected.numpy() + 2)
+    assert given == [True, False]  # the newest operation is walked first
