@@ -132,7 +132,8 @@ template <typename T, typename U> void __stwt(T* pointer, U value) { *pointer = 
 // Fibers change places at barriers only: whatever stands between two of them is atomic already.
 namespace emulator {
 template <typename T, typename Change>
-T exchange(T* pointer, Change change) {
+__attribute__((no_sanitize_thread, noinline)) T exchange(T* pointer, Change change) {
+    if (EMULATOR_WATCHED) watch_atomic(pointer, sizeof(T), __builtin_return_address(0));
     const T old = *pointer;
     *pointer = change(old);
     return old;
@@ -141,34 +142,34 @@ template <typename T> struct Same { typedef T type; };
 template <typename T> using Argument = typename Same<T>::type;  // converts, and deduces nothing
 }  // namespace emulator
 
-template <typename T> T atomicAdd(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicAdd(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return T(old + value); });
 }
-template <typename T> T atomicSub(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicSub(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return T(old - value); });
 }
-template <typename T> T atomicMax(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicMax(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return old < value ? value : old; });
 }
-template <typename T> T atomicMin(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicMin(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return value < old ? value : old; });
 }
-template <typename T> T atomicOr(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicOr(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return T(old | value); });
 }
-template <typename T> T atomicAnd(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicAnd(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return T(old & value); });
 }
-template <typename T> T atomicXor(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicXor(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return T(old ^ value); });
 }
-template <typename T> T atomicExch(T* pointer, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicExch(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T) { return value; });
 }
-template <typename T> T atomicCAS(T* pointer, emulator::Argument<T> compare, emulator::Argument<T> value) {
+template <typename T> __forceinline__ T atomicCAS(T* pointer, emulator::Argument<T> compare, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return old == compare ? value : old; });
 }
-inline unsigned atomicInc(unsigned* pointer, unsigned last) {
+__forceinline__ unsigned atomicInc(unsigned* pointer, unsigned last) {
     return emulator::exchange(pointer, [=](unsigned old) { return old >= last ? 0 : old + 1; });
 }
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradengine.kernels.cuda.launch import Limits
-from tests.emulator.guarded import GuardedCopies
+from tests.emulator.guarded import WIDEST, GuardedCopies
 
 FOLDER = Path(__file__).parent
 SHIPPED = Path(__file__).parents[2] / "kernels" / "cuda"
@@ -36,6 +36,13 @@ KERNEL_OPTIONS = (
     *("-fvisibility=hidden", "-fno-gnu-unique"),  # a kernel's __shared__ variables are its own
     "-fsanitize=alignment,bounds,shift-exponent,signed-integer-overflow,integer-divide-by-zero",
     "-fno-sanitize-recover",
+    "-DEMULATOR_WATCHED=0",
+)
+# Every access calls accesses.cpp first. Without scalar replacement a float4 stays one access.
+WATCHED_OPTIONS = (
+    *(option for option in KERNEL_OPTIONS if option not in ("-O3", "-DEMULATOR_WATCHED=0")),
+    *("-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"),
+    "-DEMULATOR_WATCHED=1",
 )
 
 ORDERS = ("forward", "reverse", "random")
@@ -56,6 +63,24 @@ def unavailable_reason() -> str | None:
     if shutil.which("g++") is None:
         return "the emulator needs g++"
     return None
+
+
+class Access(NamedTuple):
+    """A load or store of a kernel's source, as the memory system saw it.
+
+    A request is one execution by a warp. Of global memory it is cut into sectors of 32 bytes, of
+    shared memory into passes that take one word from each bank; `least` is into how many it would
+    have been cut had its lanes' bytes lain side by side.
+    """
+
+    kernel: str
+    line: str
+    memory: str
+    kind: str
+    bytes: int  # of each lane
+    requests: int
+    pieces: int
+    least: int
 
 
 class Parameter(ctypes.Structure):
@@ -94,7 +119,14 @@ SCHEDULES = (
 
 
 class Emulator:
-    """The runtime that emulates; one device with the limits given."""
+    """The runtime that emulates; one device with the limits given.
+
+    Kernels that are watched run slower. Threads that access the same bytes, one of them to write,
+    with no barrier between them are an error then, whatever their order did to the result, and so
+    are reads of shared memory that is not written; `accesses` tells what memory had to do.
+    """
+
+    watched = False
 
     def __init__(
         self,
@@ -105,7 +137,6 @@ class Emulator:
             architecture=90, multiprocessors=4, shared_bytes=227 << 10
         )
         self.folders = tuple(folders)
-        self.loaded: set[tuple[str, str]] = set()
         self.schedule = Schedule()
 
     def device(self) -> int:
@@ -121,8 +152,7 @@ class Emulator:
         )
         if path is None:
             raise FileNotFoundError(f"{source} is in none of {', '.join(map(str, self.folders))}")
-        library = _build_kernel(path, name, self.device_limits.architecture)
-        self.loaded.add((source, name))
+        library = _build_kernel(path, name, self.device_limits.architecture, self.watched)
         return EmulatedKernel(self, f"{path.name}: {name}", library)
 
     def statistics(self) -> dict[str, int]:
@@ -130,6 +160,26 @@ class Emulator:
         counts = (ctypes.c_ulonglong * len(_STATISTICS))()
         _runtime().emulator_statistics(counts, 1)
         return dict(zip(_STATISTICS, counts, strict=True))
+
+    def accesses(self) -> list[Access]:
+        """Return what watched kernels did since the last call, in the order of their sources."""
+        runtime = _runtime()
+        count = runtime.emulator_accesses(None, 0)
+        rows = (_AccessRow * count)()
+        runtime.emulator_accesses(rows, count)
+        found = [
+            Access(
+                Path(row.library.decode()).stem.rpartition("-")[0],
+                _source_line(row.library.decode(), row.address) or "",
+                ("shared", "global")[row.space],
+                ("read", "write", "atomic", "copy")[row.kind],
+                *(row.bytes, row.requests, row.pieces, row.least),
+            )
+            for row in rows
+        ]
+        return sorted(
+            found, key=lambda access: re.sub(r"\d+", lambda m: m[0].zfill(6), str(access[:4]))
+        )
 
     @contextmanager
     def scheduled(self, schedule: Schedule) -> Iterator[None]:
@@ -139,6 +189,21 @@ class Emulator:
             yield
         finally:
             self.schedule = before
+
+
+class _AccessRow(ctypes.Structure):
+    """`AccessRow` of accesses.cpp."""
+
+    _fields_ = (
+        ("library", ctypes.c_char_p),
+        ("address", ctypes.c_size_t),
+        ("kind", ctypes.c_int),
+        ("space", ctypes.c_int),
+        ("bytes", ctypes.c_int),
+        ("requests", ctypes.c_ulonglong),
+        ("pieces", ctypes.c_ulonglong),
+        ("least", ctypes.c_ulonglong),
+    )
 
 
 class EmulatedKernel:
@@ -166,11 +231,13 @@ class EmulatedKernel:
             mismatch = _mismatch(argument, parameter)
             if mismatch:
                 raise EmulatorError(f"{self.name}: argument {place} is {mismatch}")
-        with GuardedCopies() as copies:
+        # Watched: as on a device, since it counts the sectors that a request touches
+        with GuardedCopies(256 if self.emulator.watched else WIDEST) as copies:
             for argument, parameter in zip(arguments, self.parameters, strict=True):
                 if isinstance(argument, np.ndarray) and argument.ndim:
                     copies.add(argument, writable=not parameter.target_is_const)
             copies.fill()
+            _watch_arrays(copies)
             values = [_value(argument, copies) for argument in arguments]
             message = self._run(grid, block, values, shared_bytes) or copies.damage()
             if message:
@@ -191,10 +258,12 @@ class EmulatedKernel:
         pointers = (ctypes.c_void_p * (len(values) + 1))(*map(ctypes.addressof, values))
         if self.library.emulator_run(_three(grid), _three(block), shared_bytes, pointers):
             return None
-        line = _source_line(
-            runtime.emulator_error_library().decode(), runtime.emulator_error_address()
+        library = runtime.emulator_error_library().decode()
+        return re.sub(
+            "@(0x[0-9a-f]+)",
+            lambda place: _source_line(library, int(place[1], 16)) or "a line that is not known",
+            runtime.emulator_error().decode(),
         )
-        return runtime.emulator_error().decode() + (f", {line}" if line else "")
 
     def _check_launch(
         self,
@@ -285,6 +354,13 @@ def _value(argument: Any, copies: GuardedCopies) -> Any:
     return ctypes.c_longlong(argument) if isinstance(argument, int) else ctypes.c_double(argument)
 
 
+def _watch_arrays(copies: GuardedCopies) -> None:
+    regions = copies.regions
+    addresses = (ctypes.c_size_t * len(regions))(*(region.copy for region in regions))
+    sizes = (ctypes.c_size_t * len(regions))(*(region.end - region.begin for region in regions))
+    _runtime().emulator_watch_arrays(ctypes.c_size_t(len(regions)), addresses, sizes)
+
+
 def _three(sizes: tuple[int, ...]) -> Any:
     return (ctypes.c_uint * 3)(*sizes, *(1,) * (3 - len(sizes)))
 
@@ -297,26 +373,27 @@ def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build_runtime()))
     library.emulator_error.restype = ctypes.c_char_p
     library.emulator_error_library.restype = ctypes.c_char_p
-    library.emulator_error_address.restype = ctypes.c_size_t
+    library.emulator_accesses.restype = ctypes.c_size_t
+    library.emulator_accesses.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     return library
 
 
 @cache
 def _build_runtime() -> Path:
-    source = FOLDER / "runtime.cpp"
-    text = source.read_text() + (FOLDER / "runtime.h").read_text()
-    path = _library_path("runtime", text, *RUNTIME_OPTIONS)
+    sources = [FOLDER / "runtime.cpp", FOLDER / "accesses.cpp"]
+    parts = [*sources, FOLDER / "runtime.h", FOLDER / "accesses.h"]
+    path = _library_path("runtime", *(part.read_text() for part in parts), *RUNTIME_OPTIONS)
     if not path.exists():
         with _temporary_library(path) as temporary:
-            _call_compiler(source.name, *RUNTIME_OPTIONS, str(source), "-o", temporary)
+            _call_compiler("runtime.cpp", *RUNTIME_OPTIONS, *map(str, sources), "-o", temporary)
     return path
 
 
 @cache
-def _build_kernel(source: Path, name: str, architecture: int) -> ctypes.CDLL:
+def _build_kernel(source: Path, name: str, architecture: int, watched: bool) -> ctypes.CDLL:
     folders = (FOLDER, SHIPPED)
     options = (
-        *KERNEL_OPTIONS,
+        *(WATCHED_OPTIONS if watched else KERNEL_OPTIONS),
         f"-D__CUDA_ARCH__={architecture}0",
         *("-include", str(FOLDER / "builtins.h")),
         *(f"-I{folder}" for folder in folders),

@@ -43,6 +43,35 @@ __global__ void chain(float* x) {
     if (threadIdx.x == 0) x[b] = FAULT == PLANTED && b > 0 ? x[b - 1] + 1.0f : float(b);
 }
 
+// y[0] = the sum of x, each block's added up by its first thread.
+template <Fault FAULT>
+__global__ void sum_blocks(const float* x, float* y) {
+    float* tile = dynamic_shared_memory<float>();
+    tile[threadIdx.x] = x[blockIdx.x * blockDim.x + threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    float sum = 0;
+    for (int i = 0; i < blockDim.x; ++i) sum += tile[i];
+    if (FAULT == PLANTED) y[0] += sum;
+    else atomicAdd(y, sum);
+}
+
+// The same by the block that comes last, from what each has written. PLANTED: from what it reads at once.
+template <Fault FAULT>
+__global__ void sum_by_last_block(const float* x, float* sums, unsigned* arrived, float* y) {
+    if (threadIdx.x > 0) return;
+    float sum = 0;
+    for (int i = 0; i < blockDim.x; ++i) sum += x[blockIdx.x * blockDim.x + i];
+    sums[blockIdx.x] = sum;
+    if (FAULT != PLANTED) __threadfence();
+    const bool last = FAULT == PLANTED ? blockIdx.x == gridDim.x - 1
+                                       : atomicAdd(arrived, 1u) == gridDim.x - 1;
+    if (!last) return;
+    float total = 0;
+    for (int i = 0; i < gridDim.x; ++i) total += sums[i];
+    y[0] = total;
+}
+
 // ---- threads that wait for those who never come -----------------------------------------------------------
 
 template <Fault FAULT>
@@ -193,4 +222,16 @@ __global__ void load_tile(const uint32_t* x, uint32_t* y) {
     uint32_t fragment[4];
     load_matrices(fragment, tile + row * 32 + (SWIZZLE ? chunk ^ row : chunk) * 4);
     for (int i = 0; i < 4; ++i) y[32 * i + threadIdx.x] = fragment[i];
+}
+
+// ---- patterns of access ---------------------------------------------------------------------------------
+
+// y[i] = x[STEP * i], each a Value, by way of shared memory.
+template <typename Value, int STEP>
+__global__ void gather(const float* x, float* y) {
+    Value* tile = dynamic_shared_memory<Value>();
+    const Value* from = reinterpret_cast<const Value*>(x);
+    Value* to = reinterpret_cast<Value*>(y);
+    tile[STEP * threadIdx.x] = from[STEP * threadIdx.x];
+    to[threadIdx.x] = tile[STEP * threadIdx.x];
 }

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 POISON = 0xFF  # read as float16, float32 or float64 it is NaN
-ALIGNMENT = 16  # of the widest access
+WIDEST = 16  # bytes of an access
 _PAGE = mmap.PAGESIZE
 _GUARD = 1 << 20  # bytes on either side that nobody may touch; they cost addresses, no memory
 _KEPT = 1 << 20  # bytes up to which pages are kept for the next launch
@@ -40,15 +40,15 @@ class _Region:
     def __init__(self, begin: int, end: int, offset: int, writable: bool) -> None:
         self.begin = begin
         self.end = end
-        self.offset = offset  # of begin from a multiple of ALIGNMENT, on the device
+        self.offset = offset  # of begin from the start of its memory, which the device aligns
         self.writable = writable
 
-    def fill(self) -> None:
-        count = -(-(self.end - self.begin + ALIGNMENT) // _PAGE)
+    def fill(self, alignment: int) -> None:
+        count = -(-(self.end - self.begin + alignment) // _PAGE)
         spare = _spare.setdefault(count, [])
         self.pages = spare.pop() if spare else _Pages(count)
         latest = self.pages.end - (self.end - self.begin)
-        self.copy = latest - (latest - self.offset) % ALIGNMENT
+        self.copy = latest - (latest - self.offset) % alignment
         ctypes.memset(self.pages.begin, POISON, count * _PAGE)
         ctypes.memmove(self.copy, self.begin, self.end - self.begin)
 
@@ -63,9 +63,14 @@ class _Region:
 
 
 class GuardedCopies:
-    """Copies of a launch's arrays; arrays that share memory share it in their copies too."""
+    """Copies of a launch's arrays; arrays that share memory share it in their copies too.
 
-    def __init__(self) -> None:
+    Memory that an array has for itself begins at a multiple of `alignment`: small, so that little
+    is left between its end and the page that nobody may touch.
+    """
+
+    def __init__(self, alignment: int = WIDEST) -> None:
+        self.alignment = alignment
         self.regions: list[_Region] = []
         self.filled: list[_Region] = []
 
@@ -84,7 +89,7 @@ class GuardedCopies:
 
     def add(self, array: np.ndarray, writable: bool) -> None:
         begin, end = byte_bounds(array) if array.size else (array.ctypes.data,) * 2
-        region = _Region(begin, end, (begin - _allocation(array)) % ALIGNMENT, writable)
+        region = _Region(begin, end, begin - _allocation(array), writable)
         for other in [other for other in self.regions if begin < other.end and other.begin < end]:
             self.regions.remove(other)
             first = min(region, other, key=lambda candidate: candidate.begin)
@@ -96,7 +101,7 @@ class GuardedCopies:
 
     def fill(self) -> None:
         for region in self.regions:
-            region.fill()
+            region.fill(self.alignment)
             self.filled.append(region)
 
     def address(self, array: np.ndarray) -> int:

@@ -41,7 +41,7 @@ DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const void* row,
 }
 
 DEVICE uint32_t round_to_tf32(uint32_t bits) {
-    return fabsf(__uint_as_float(bits)) < __uint_as_float(0x7f800000u) ? bits + 0x1000u : bits;
+    return __float_as_uint(__uint_as_float(bits) * 1.00035f);
 }
 
 DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],

@@ -53,7 +53,7 @@ public:
             const Call& call = *static_cast<Call*>(context);
             call.kernel.call(call.arguments, std::index_sequence_for<Parameters...>());
         };
-        return emulator::run({grid, block, dynamic_bytes, __bss_start, _end, body, &call});
+        return emulator::run({grid, block, dynamic_bytes, __bss_start, _end, EMULATOR_WATCHED, body, &call});
     }
 
 private:

@@ -1,5 +1,5 @@
 // The emulated GPU: fibers, barriers, warps, shared memory, asynchronous copies, tensor cores.
-#include "runtime.h"
+#include "accesses.h"
 
 #include <algorithm>
 #include <csignal>
@@ -21,6 +21,7 @@ Thread* current;
 uint3 block_index;
 dim3 block_size, grid_size;
 unsigned char* dynamic_shared;
+uint32_t block_number, block_epoch;
 
 namespace {
 
@@ -47,6 +48,7 @@ struct Copy {
     const void* source;
     int bytes;
     bool valid;
+    const void* caller;
 };
 
 struct Fiber : Thread {
@@ -90,8 +92,8 @@ uint32_t random_state;
 
 bool failed;
 std::string error;
-uintptr_t error_address;  // of the machine instruction, where no source line is known
-std::string error_library;
+std::string error_library;  // in which the places "@0x..." of the message are
+uint32_t warp_epochs[MAX_THREADS / 32];
 
 // ---- fibers -------------------------------------------------------------------------------------------
 
@@ -390,16 +392,17 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
 #else
     const uintptr_t instruction = 0;
 #endif
+    char at[32] = "";
     if (dladdr(reinterpret_cast<void*>(instruction), &library) && library.dli_fname) {
         error_library = library.dli_fname;
-        error_address = instruction - uintptr_t(library.dli_fbase);
+        snprintf(at, sizeof at, ", @%#zx", size_t(instruction - uintptr_t(library.dli_fbase)));
     }
     if (signal_number != SIGSEGV && signal_number != SIGBUS)
-        fail_with(where() + ": " + strsignal(signal_number));
+        fail_with(where() + at + ": " + strsignal(signal_number));
     const auto fault = static_cast<unsigned char*>(info->si_addr);
     const bool shared = fault >= shared_arena && fault < shared_arena + SHARED_CAPACITY + 4096;
     const bool stack = fault >= stacks && fault < stacks + STACK_BYTES * MAX_THREADS;
-    fail_with(where() + (shared  ? ": access past the end of shared memory"
+    fail_with(where() + at + (shared  ? ": access past the end of shared memory"
                          : stack ? ": the thread's stack is full"
                                  : ": access outside of every array"));
 }
@@ -446,6 +449,7 @@ void prepare_thread(int rank) {
     Fiber& fiber = fibers[rank];
     fiber.rank = rank;
     fiber.lane = rank % 32;
+    fiber.warp_epoch = 0;
     fiber.warp = rank / 32;
     const unsigned x = block_size.x, y = block_size.y, r = unsigned(rank);
     fiber.index = {r % x, r / x % y, r / (x * y)};
@@ -463,8 +467,11 @@ void run_block() {
     memset(dynamic_shared, POISON, shared_arena + SHARED_CAPACITY - dynamic_shared);
     memset(launch_now.static_begin, POISON, launch_now.static_end - launch_now.static_begin);
     memset(meetings, 0, sizeof meetings);
+    memset(warp_epochs, 0, sizeof warp_epochs);
+    block_epoch = 0;
     at_barrier.clear();
     ready.clear();
+    if (launch_now.watched) watch_block();
     std::vector<Fiber*> order;
     for (int rank = 0; rank < thread_count; ++rank) {
         prepare_thread(rank);
@@ -474,6 +481,7 @@ void run_block() {
     Fiber* first = ready.pop();
     current = first;
     switch_context(&scheduler_context, first->context);
+    if (launch_now.watched) finish_block();
     // Between the last byte and the guard page alignment leaves a few bytes that nobody may write.
     const unsigned char* end = dynamic_shared + launch_now.dynamic_bytes;
     const bool intact = std::all_of(end, static_cast<const unsigned char*>(shared_arena + SHARED_CAPACITY),
@@ -491,9 +499,12 @@ void run_grid() {
         for (unsigned y = 0; y < grid_size.y; ++y)
             for (unsigned x = 0; x < grid_size.x; ++x) blocks.push_back({x, y, z});
     arrange(blocks.data(), int(blocks.size()));
+    if (launch_now.watched) watch_launch();
+    block_number = 0;
     for (uint3 index : blocks) {
         block_index = index;
         run_block();
+        ++block_number;
         if (failed) return;
     }
 }
@@ -501,6 +512,26 @@ void run_grid() {
 }  // namespace
 
 // ---- what device code calls -----------------------------------------------------------------------------
+
+const Launch& running() { return launch_now; }
+
+size_t place(const void* caller) {
+    Dl_info library{};
+    if (!dladdr(caller, &library) || !library.dli_fname) return 0;
+    error_library = library.dli_fname;
+    return uintptr_t(caller) - 1 - uintptr_t(library.dli_fbase);  // of the call, not of what follows it
+}
+
+void fail_at(const void* caller, const char* format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    char at[32];
+    snprintf(at, sizeof at, ", @%#zx: ", place(caller));
+    fail_with(where() + at + text);
+}
 
 void fail(Site site, const char* format, ...) {
     char text[512];
@@ -521,6 +552,7 @@ void synchronize_block(Site site) {
     at_barrier.push_back(fiber);
     if (int(at_barrier.size()) == thread_count) {
         at_barrier.clear();
+        ++block_epoch;
         Fiber* all[MAX_THREADS];
         for (int rank = 0; rank < thread_count; ++rank) all[rank] = &fibers[rank];
         release(all, thread_count);
@@ -539,7 +571,12 @@ int count_block(bool predicate, Site site) {
 }
 
 void synchronize_warp(uint32_t mask, Site site) {
-    meet(mask, "__syncwarp", nullptr, site, [](void* const*) {});
+    meet(mask, "__syncwarp", nullptr, site, [=](void* const*) {
+        const int warp = current->warp;
+        ++warp_epochs[warp];
+        for (int lane = 0; lane < 32; ++lane)
+            if (mask >> lane & 1) fibers[32 * warp + lane].warp_epoch = warp_epochs[warp];
+    });
 }
 
 void shuffle(uint32_t mask, void* value, size_t size, int source, Site site) {
@@ -583,9 +620,10 @@ void copy_async(void* destination, const void* source, int bytes, bool valid, Si
              source);
     if (!in_shared_memory(destination, bytes)) fail(site, "copy_async writes outside of shared memory");
     ++statistics.copies;
-    const Copy copy{destination, source, bytes, valid};
-    if (settings.lazy_copies) static_cast<Fiber*>(current)->copies.push_back(copy);
-    else land(copy);
+    const Copy copy{destination, source, bytes, valid, __builtin_return_address(0)};
+    if (launch_now.watched) watch_issued_copy(destination, source, bytes, valid, copy.caller);
+    if (!settings.lazy_copies) land(copy);
+    static_cast<Fiber*>(current)->copies.push_back(copy);
 }
 
 void commit_copies() {
@@ -599,7 +637,10 @@ void wait_copies(int pending) {
     const auto first_left = fiber->groups.end() - std::min(size_t(pending), fiber->groups.size());
     const int landing = std::accumulate(fiber->groups.begin(), first_left, 0);
     fiber->groups.erase(fiber->groups.begin(), first_left);
-    std::for_each(fiber->copies.begin(), fiber->copies.begin() + landing, land);
+    for (auto copy = fiber->copies.begin(); copy != fiber->copies.begin() + landing; ++copy) {
+        if (settings.lazy_copies) land(*copy);
+        if (launch_now.watched) watch_landed_copy(copy->destination, copy->bytes, copy->caller);
+    }
     fiber->copies.erase(fiber->copies.begin(), fiber->copies.begin() + landing);
 }
 
@@ -610,6 +651,7 @@ void load_matrices(uint32_t* fragment, const void* row, bool transposed, Site si
     } deposit{fragment, static_cast<const char*>(row)};
     if (uintptr_t(row) % 16) fail(site, "load_matrices: row %p is not at a multiple of 16 bytes", row);
     if (!in_shared_memory(row, 16)) fail(site, "load_matrices reads outside of shared memory");
+    if (launch_now.watched) watch_row(row, __builtin_return_address(0));
     const char* instruction = transposed ? "load_matrices_transposed" : "load_matrices";
     meet(ALL_LANES, instruction, &deposit, site, [&](void* const* deposits) {
         auto of_lane = [&](int lane) { return static_cast<Deposit*>(deposits[lane]); };
@@ -763,7 +805,6 @@ extern "C" {
 
 const char* emulator_error() { return emulator::error.c_str(); }
 const char* emulator_error_library() { return emulator::error_library.c_str(); }
-size_t emulator_error_address() { return emulator::error_address; }
 
 void emulator_configure(int order, unsigned seed, int lazy_copies) {
     emulator::settings = {order, seed, lazy_copies != 0};

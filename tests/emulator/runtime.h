@@ -25,6 +25,7 @@ struct Thread {
     int rank;     // the same in one number
     int lane;     // in its warp
     int warp;
+    uint32_t warp_epoch;  // how many __syncwarp of its warp were done when it last took part in one
 };
 
 extern Thread* current;
@@ -43,6 +44,9 @@ void synchronize_warp(uint32_t mask, Site site);
 // 0..31 the value stays. A source that is not in mask is an error.
 void shuffle(uint32_t mask, void* value, size_t size, int source, Site site);
 uint32_t ballot(uint32_t mask, bool predicate, Site site);
+
+// An atomic access is to come: for kernels whose accesses are watched.
+void watch_atomic(void* pointer, int bytes, const void* caller);
 
 void copy_async(void* destination, const void* source, int bytes, bool valid, Site site);
 void commit_copies();
@@ -64,6 +68,7 @@ struct Launch {
     dim3 grid, block;
     size_t dynamic_bytes;
     unsigned char *static_begin, *static_end;  // the kernel's __shared__ variables
+    bool watched;                              // the kernel was built to have its accesses watched
     void (*body)(void* context);               // runs one thread
     void* context;
 };

@@ -150,7 +150,7 @@ class TestMemory:
     def test_reading_past_an_end(self, offset):
         x, y = numbers(40), np.zeros(40, np.float32)
         place = r"block \(0, 0, 0\), thread \(\d+, 0, 0\)"
-        message = rf"read_at: {place}: access outside of every array, faults.cu line \d+"
+        message = rf"read_at: {place}, faults.cu line \d+: access outside of every array"
         with pytest.raises(EmulatorError, match=message):
             launch("read_at", x, y, np.int32(offset))
 
