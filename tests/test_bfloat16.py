@@ -22,13 +22,14 @@ DTYPES = ["float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8"
 
 # On the CPU their kernels are for float32 and float64.
 WITHOUT_KERNEL = {"conv1d", "conv2d", "batch_norm", "max_pool2d", "avg_pool2d"}
+FLOATING = [case for case in all_cases() if any(array.dtype.kind == "f" for array in case.inputs)]
 CASES = [
     case
-    for case in all_cases()
+    for case in FLOATING
     if case.name not in WITHOUT_KERNEL
-    and any(array.dtype.kind == "f" for array in case.inputs)
     and case.note != "special"  # comparing nan of this dtype warns, unlike nan of float32
 ]
+ON_CUDA = [case for case in FLOATING if case.name in WITHOUT_KERNEL]
 
 
 def _identifier(case: Case) -> str:
@@ -40,7 +41,7 @@ def bfloat16(values: Any, **options: Any) -> ge.Tensor:
 
 
 def wide(tensor: ge.Tensor) -> np.ndarray:
-    return tensor.detach().numpy().astype(np.float64)
+    return tensor.detach().cpu().numpy().astype(np.float64)
 
 
 # ---- the dtype -----------------------------------------------------------------------------------
@@ -274,15 +275,46 @@ def assert_near(found: ge.Tensor, expected: ge.Tensor, share: float, least: floa
 
 @pytest.mark.parametrize("case", CASES, ids=_identifier)
 def test_operation(case):
-    low, high = leaves(case, BF16), leaves(case, ge.float64)
-    found, expected = case.run(ge, *low), case.run(ge, *high)
+    check(case, leaves(case, BF16), *exact(case))
+
+
+@pytest.mark.parametrize("case", ON_CUDA, ids=_identifier)
+def test_operation_by_emulated_kernels(case, request):
+    high, expected = exact(case)
+    request.getfixturevalue("emulated_cuda")
+    check(case, leaves(case, BF16), high, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FLOATING, ids=_identifier)
+def test_operation_on_a_gpu(case):
+    high, expected = exact(case)
+    ge.set_default_device("cuda")  # also of tensors that the row makes itself
+    low = [leaf.detach().cuda().requires_grad_(leaf.requires_grad) for leaf in leaves(case, BF16)]
+    check(case, low, high, expected)
+
+
+def exact(case: Case) -> tuple[list[ge.Tensor], ge.Tensor]:
+    """Return the row's inputs and result in float64, with the inputs' gradients."""
+    high = leaves(case, ge.float64)
+    expected = case.run(ge, *high)
+    if expected.requires_grad:
+        expected.backward(ge.tensor(weights_of(expected), device="cpu"))
+    return high, expected
+
+
+def weights_of(output: ge.Tensor) -> np.ndarray:
+    return np.cos(np.arange(output.numel())).reshape(output.shape)
+
+
+def check(case: Case, low: list[ge.Tensor], high: list[ge.Tensor], expected: ge.Tensor) -> None:
+    """Compare the row's result and gradients of inputs in bfloat16 with the exact ones."""
+    found = case.run(ge, *low)
     assert found.dtype == (BF16 if expected.dtype == ge.float64 else expected.dtype)
     assert_near(found, expected, 4 * EPSILON, 1e-3)
     if not found.requires_grad:
         return
-    weights = np.cos(np.arange(found.numel())).reshape(found.shape)
-    found.backward(bfloat16(weights))
-    expected.backward(ge.tensor(weights, device="cpu"))
+    found.backward(bfloat16(weights_of(found)).to(found.device))
     # logsumexp's gradient is exp(x - out): of large results the rounding is large as well.
     share = 0.2 if case.note == "large" else 10 * EPSILON
     for one, other in zip(low, high, strict=True):

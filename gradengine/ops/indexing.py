@@ -519,7 +519,7 @@ def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) ->
 @operation
 def _masked_fill(x, value, *, mask):
     value = value.astype(x.dtype) if hasattr(value, "dtype") else x.dtype.type(value)
-    return array_module(x).where(mask, value, x)
+    return narrowed(array_module(x).where(mask, value, x), x.dtype)
 
 
 _masked_fill.pullbacks(

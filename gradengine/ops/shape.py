@@ -354,12 +354,12 @@ def roll(x: Any, shifts: Any, dims: Any = None) -> Any:
 
 @operation
 def _tril(x, *, diagonal):
-    return array_module(x).tril(x, diagonal)
+    return narrowed(array_module(x).tril(x, diagonal), x.dtype)
 
 
 @operation
 def _triu(x, *, diagonal):
-    return array_module(x).triu(x, diagonal)
+    return narrowed(array_module(x).triu(x, diagonal), x.dtype)
 
 
 _tril.pullbacks(x=lambda grad, diagonal: _tril(grad, diagonal=diagonal))
