@@ -256,10 +256,12 @@ def convolution_table(rows: list[JsonRow]) -> str:
 
 
 def _rate_and_ratio(row: JsonRow) -> str:
-    ours, value = medians(row, True), ratio(row)
-    if not ours:
+    if OURS in row["contestants"] and not medians(row, True):
         return "failed"
-    text = f"{row['flop'] / min(ours.values()) / 1e12:.0f}"
+    ours, value = medians(row, True), ratio(row)
+    text = f"{row['flop'] / min((ours or medians(row)).values()) / 1e12:.0f}"
+    if not ours:
+        return f"cuDNN {text}"
     return text if value is None else f"{text} ({value:.2f})"
 
 
