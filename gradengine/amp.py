@@ -101,8 +101,8 @@ class GradScaler:
     def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Call optimizer.step, unless a gradient is infinite or nan, and return what it does.
 
-        Waits for the GPU. Raises RuntimeError if called a second time before `update`, without a
-        gradient, or with a closure.
+        Waits for the GPU, and so is no part of a captured step, which `scale` may be. Raises
+        RuntimeError if called a second time before `update`, without a gradient, or with a closure.
         """
         if not self._enabled:
             return optimizer.step(*args, **kwargs)

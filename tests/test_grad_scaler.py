@@ -12,6 +12,7 @@ import gradengine as ge
 from gradengine import kernels
 from gradengine.nn import functional as F
 from gradengine.optim import SGD, Adam
+from tests.test_cuda_graph import gpu  # noqa: F401 - a fixture
 
 
 def parameter(*values: float) -> ge.Tensor:
@@ -271,3 +272,24 @@ def test_small_gradients_survive_float16(emulated_cuda):
 
     assert gradient(1.0) == 0
     np.testing.assert_allclose(gradient(2.0**16), 8e-9, rtol=2e-3)
+
+
+def test_a_captured_step_reads_the_scale_as_it_is(gpu):  # noqa: F811
+    weight = ge.nn.Parameter(ge.tensor([[1.0, 2.0]]))
+    optimizer = SGD([weight], lr=0.5)
+    scaler = ge.amp.GradScaler(init_scale=8, growth_interval=1)
+
+    def gradients(x: ge.Tensor) -> None:
+        optimizer.zero_grad()
+        with ge.autocast("cuda", dtype=ge.float16):
+            loss = F.linear(x, weight).sum()
+        scaler.scale(loss).backward()
+
+    captured = ge.cuda.graph(gradients, warmup=1)
+    for number in range(4):
+        captured(ge.ones(1, 2))
+        assert weight.grad.tolist() == [[8 * 2**number] * 2]
+        scaler.step(optimizer)  # outside: it waits for the GPU
+        scaler.update()
+        assert weight.tolist() == [[0.5 - 0.5 * number, 1.5 - 0.5 * number]]
+    assert gpu[0].captured == 1
