@@ -223,22 +223,23 @@ forward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restri
     Tile tile;
     tile.compute(*dynamic_shared_memory<typename Tile::Shared>(), a, b, ceil_divide(depth, Tile::DEPTH));
 
+    const bool whole = outputs % Tile::VECTOR == 0;  // then out_channels are, too
+    tile.for_each_run([&](int tile_row, int tile_column, typename Tile::Run run) {
+        const long long pixel = place.row + tile_row;
+        const int left = outputs - place.column - tile_column;
+        if (pixel >= pixels || left <= 0) return;
+        const int channel = group * outputs + place.column + tile_column;
+        const long long target = pixel * c.out_channels + channel;
 #pragma unroll
-    for (int j = 0; j < THREAD_COLUMNS; ++j) {
-        const int column = place.column + Tile::column_of(j);
-        if (column >= outputs) continue;
-        const int channel = group * outputs + column;
-        const Sum shift = bias ? Sum(to_float(bias[channel])) : Sum(0);
-#pragma unroll
-        for (int i = 0; i < THREAD_ROWS; ++i) {
-            const long long pixel = place.row + Tile::row_of(i);
-            if (pixel >= pixels) continue;
-            const long long target = pixel * c.out_channels + channel;
-            Sum value = tile.sums[i][j] + shift;
-            if (residual) value += to_float(residual[target]);
-            out[target] = from_float<T>(relu && value < 0 ? Sum(0) : value);
+        for (int i = 0; i < Tile::VECTOR; ++i) {
+            if (i >= left) continue;
+            Sum& value = run.values[i];
+            if (bias) value += to_float(bias[channel + i]);
+            if (residual) value += to_float(residual[target + i]);
+            if (relu && value < 0) value = 0;
         }
-    }
+        store_run(out + target, run, left, whole);
+    });
 }
 
 // out = the gradient by x, (pixels, in_channels), of grad (output pixels, out_channels).
@@ -269,20 +270,16 @@ grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* __restri
     const int depth = vertical.axis.taps * horizontal.axis.taps * outputs;
     tile.compute(*dynamic_shared_memory<typename Tile::Shared>(), a, b, ceil_divide(depth, Tile::DEPTH));
 
-#pragma unroll
-    for (int i = 0; i < THREAD_ROWS; ++i) {
-        const long long pixel = place.row + Tile::row_of(i);
-        if (pixel >= pixels) continue;
-        const Pixel place_in_class(pixel, height, width);
-        const int h = first_row + place_in_class.row * c.stride[0];
-        const int w = first_column + place_in_class.column * c.stride[1];
-        T* target = out + ((place_in_class.image * c.height + h) * c.width + w) * c.in_channels + group * channels;
-#pragma unroll
-        for (int j = 0; j < THREAD_COLUMNS; ++j) {
-            const int column = place.column + Tile::column_of(j);
-            if (column < channels) target[column] = from_float<T>(tile.sums[i][j]);
-        }
-    }
+    const bool whole = channels % Tile::VECTOR == 0;
+    tile.for_each_run([&](int tile_row, int tile_column, const typename Tile::Run& run) {
+        const long long number = place.row + tile_row;
+        const int left = channels - place.column - tile_column;
+        if (number >= pixels || left <= 0) return;
+        const Pixel pixel(number, height, width);
+        const int h = first_row + pixel.row * c.stride[0], w = first_column + pixel.column * c.stride[1];
+        const long long target = ((pixel.image * c.height + h) * c.width + w) * c.in_channels + group * channels;
+        store_run(out + target + place.column + tile_column, run, left, whole);
+    });
 }
 
 // partials[slice] = what the output pixels of one slice add to the gradient by weight, (out_channels, taps,
@@ -306,17 +303,13 @@ grad_weight(const T* __restrict__ grad, const T* __restrict__ x,
     Tile tile;
     tile.compute(*dynamic_shared_memory<typename Tile::Shared>(), a, b, ceil_divide(end - first, Tile::DEPTH));
 
-#pragma unroll
-    for (int i = 0; i < THREAD_ROWS; ++i) {
-        const int row = int(place.row) + Tile::row_of(i);
-        if (row >= outputs) continue;
-        auto* target = partials + (((long long)slice * c.groups + group) * outputs + row) * columns;
-#pragma unroll
-        for (int j = 0; j < THREAD_COLUMNS; ++j) {
-            const int column = place.column + Tile::column_of(j);
-            if (column < columns) target[column] = tile.sums[i][j];
-        }
-    }
+    const bool whole = columns % Tile::VECTOR == 0;
+    tile.for_each_run([&](int tile_row, int tile_column, const typename Tile::Run& run) {
+        const int row = int(place.row) + tile_row, left = columns - place.column - tile_column;
+        if (row >= outputs || left <= 0) return;
+        const long long line = ((long long)slice * c.groups + group) * outputs + row;
+        store_run(partials + line * columns + place.column + tile_column, run, left, whole);
+    });
 }
 
 // ---- narrow groups: one element of the result for each thread --------------------------------------------

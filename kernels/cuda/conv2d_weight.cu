@@ -59,6 +59,11 @@ struct WindowTile {
     static constexpr int TAPS = WARPS * GROUPS / (CHANNELS / 8);  // of a block, at most
     static constexpr int DEPTH = 32 / sizeof(T);  // pixels that one instruction takes
     static constexpr int DOWN = ROWS / 16;
+#if __CUDA_ARCH__ >= 800
+    static constexpr int BLOCKS = GROUPS <= 4 ? 2 : 1;  // that share a multiprocessor
+#else
+    static constexpr int BLOCKS = 1;
+#endif
     // A pixel's channels, and what keeps those that are read together from sharing banks: of 16-bit elements
     // 8 pixels x 16 bytes (ldmatrix), of float32 4 pixels x 32 bytes.
     static constexpr int PAD = sizeof(T) == 2 ? 16 : 32;
@@ -293,7 +298,7 @@ struct WindowTile {
 // The grid is (row blocks x channel blocks x tap blocks, slices); partials are (slices, out_channels, taps,
 // channels).
 template <typename T, int CHANNELS, int GROUPS>
-__global__ void __launch_bounds__(WindowTile<T, CHANNELS, GROUPS>::THREADS, GROUPS <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(WindowTile<T, CHANNELS, GROUPS>::THREADS, WindowTile<T, CHANNELS, GROUPS>::BLOCKS)
 window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partials,
                    const __grid_constant__ Window window) {
     WindowTile<T, CHANNELS, GROUPS> tile(window);

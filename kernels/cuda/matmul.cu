@@ -73,17 +73,12 @@ plain_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ o
     tile.compute(*dynamic_shared_memory<typename Tile::Shared>(), loader_a, loader_b,
                  (p.depth - 1) / Tile::DEPTH + 1);
 
-#pragma unroll
-    for (int i = 0; i < THREAD_ROWS; ++i) {
-        const int row = place.row + Tile::row_of(i);
-        if (row >= p.rows) continue;
-        T* const target = out + (place.product * p.rows + row) * p.columns;
-#pragma unroll
-        for (int j = 0; j < THREAD_COLUMNS; ++j) {
-            const int column = place.column + Tile::column_of(j);
-            if (column < p.columns) target[column] = from_float<T>(tile.sums[i][j]);
-        }
-    }
+    const bool whole = p.columns % Tile::VECTOR == 0;
+    tile.for_each_run([&](int tile_row, int tile_column, const typename Tile::Run& run) {
+        const int row = place.row + tile_row, column = place.column + tile_column;
+        if (row >= p.rows || column >= p.columns) return;
+        store_run(out + (place.product * p.rows + row) * p.columns + column, run, p.columns - column, whole);
+    });
 }
 
 // ---- tensor cores: float32 is rounded to tf32 --------------------------------------------------------------

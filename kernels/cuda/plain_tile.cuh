@@ -73,9 +73,25 @@ struct PlainTile {
         multiply(shared.a[current], shared.b[current]);
     }
 
+    typedef Pack<Sum, VECTOR> Run;
+
+    // Call visit(row, column, values) for all sums of this thread: values are those of VECTOR columns from column on.
+    template <typename Visit>
+    DEVICE void for_each_run(Visit visit) const {
+#pragma unroll
+        for (int i = 0; i < THREAD_ROWS; ++i) {
+#pragma unroll
+            for (int j = 0; j < THREAD_COLUMNS; j += VECTOR) {
+                Run run;
+#pragma unroll
+                for (int element = 0; element < VECTOR; ++element) run.values[element] = sums[i][j + element];
+                visit(row_of(i), column_of(j), run);
+            }
+        }
+    }
+
 private:
     DEVICE void multiply(const Slab<ROWS>& a, const Slab<COLUMNS>& b) {
-        typedef Pack<Sum, VECTOR> Run;
 #pragma unroll
         for (int depth = 0; depth < DEPTH; ++depth) {
             Run left[THREAD_ROWS / VECTOR], right[THREAD_COLUMNS / VECTOR];
@@ -153,6 +169,23 @@ struct CrosswiseLoads {
 template <typename T, int VECTOR>
 DEVICE Pack<T, VECTOR> load_or_zero(const T* address, bool valid) {
     return valid ? *reinterpret_cast<const Pack<T, VECTOR>*>(address) : Pack<T, VECTOR>{};
+}
+
+// Store values at target, by one access if they are `whole`: aligned, and none of them past the end. Otherwise only
+// the first `left` exist.
+template <typename T, typename Sum, int WIDTH>
+DEVICE void store_run(T* target, const Pack<Sum, WIDTH>& run, int left, bool whole) {
+    if (whole) {
+        Pack<T, WIDTH> converted;
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) converted.values[i] = from_float<T>(run.values[i]);
+        *reinterpret_cast<Pack<T, WIDTH>*>(target) = converted;
+    } else {
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+            if (i < left) target[i] = from_float<T>(run.values[i]);
+        }
+    }
 }
 
 // ---- loaders of plain matrices --------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import pytest
 
 from gradengine.kernels.cuda import conv2d_plain, launch, slices, tiles
 from gradengine.kernels.geometry import conv2d_geometry
-from tests.emulator.emulator import Schedule
+from tests.emulator.fixtures import assert_schedule_free
+from tests.kernels.conftest import Place
 from tests.kernels.memory import laid_out
 from tests.kernels.tap_sums import convolution_passes
 
@@ -52,12 +53,20 @@ def drawn(case, rng, dtype=FLOAT32):
     return geometry, *(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
-def three_passes(geometry, x, weight, grad):
-    return (
+def three_passes(geometry, x, weight, grad, place=None):
+    place = place or Place("emulated")
+    x, weight, grad = map(place.give, (x, weight, grad))
+    results = (
         conv2d_plain.forward(x, weight, None, geometry),
         conv2d_plain.grad_input(grad, weight, geometry),
         conv2d_plain.grad_weight(grad, x, geometry),
     )
+    return [np.asarray(place.take(result)) for result in results]
+
+
+def loaded():
+    """Give (source, name) of the kernels that the test has launched."""
+    return {key[1:] for key in launch._kernels}
 
 
 def check(got, expected, scale, dtype):
@@ -68,11 +77,11 @@ def check(got, expected, scale, dtype):
     assert (error <= TOLERANCES[dtype] * scale).all()  # false for NaN
 
 
-def check_three_passes(geometry, x, weight, grad, given=None):
+def check_three_passes(geometry, x, weight, grad, given=None, place=None):
     """Compare with sums in float64, each within its share of its own sum of absolute products."""
     expected = convolution_passes(x, weight, grad, geometry)
     scales = convolution_passes(abs(x), abs(weight), abs(grad), geometry)
-    found = three_passes(geometry, *(given or (x, weight, grad)))
+    found = three_passes(geometry, *(given or (x, weight, grad)), place=place)
     for got, wanted, scale in zip(found, expected, scales, strict=True):
         check(got, wanted, scale, x.dtype)
     return found
@@ -94,7 +103,7 @@ def test_other_dtypes(case, dtype, emulated_cuda, rng):
 def test_large_tiles(case, tile, emulated_cuda, rng, monkeypatch):
     monkeypatch.setattr(conv2d_plain, "choose_plain_tile", lambda *_: tile)
     check_three_passes(*drawn(case, rng))
-    assert sum(str(tile.columns) in name for _, name in emulated_cuda.loaded) == 3
+    assert sum(str(tile.columns) in name for _, name in loaded()) == 3
 
 
 def test_tiles_fit_the_product(emulated_cuda):
@@ -125,7 +134,7 @@ def test_memory_that_is_not_aligned(emulated_cuda, rng):
         shifted[...] = array
         given.append(shifted)
     check_three_passes(geometry, *arrays, given=tuple(given))
-    names = [name for source, name in emulated_cuda.loaded if source == conv2d_plain.SOURCE]
+    names = [name for source, name in loaded() if source == conv2d_plain.SOURCE]
     assert all("<float, 1," in name for name in names)
 
 
@@ -137,7 +146,7 @@ def test_empty_batch(groups, emulated_cuda):
     assert out.shape == geometry.output_shape
     assert by_x.shape == geometry.input_shape
     np.testing.assert_array_equal(by_weight, np.zeros(geometry.weight_shape))
-    assert not emulated_cuda.loaded
+    assert not loaded()
 
 
 @pytest.mark.parametrize("case", ["square", "narrow_groups"])
@@ -196,9 +205,31 @@ def test_slices_of_a_deep_product(case, emulated_cuda, rng, monkeypatch):
 
 @pytest.mark.parametrize("case", ["several_tiles", "depthwise", SLICED["tiles"]])
 def test_every_schedule_gives_equal_bits(case, emulated_cuda, rng):
-    arrays = drawn(case, rng)
-    expected = three_passes(*arrays)
-    for order in ("reverse", "random"):
-        with emulated_cuda.scheduled(Schedule(order)):
-            for got, wanted in zip(three_passes(*arrays), expected, strict=True):
-                np.testing.assert_array_equal(got, wanted)
+    arguments = drawn(case, rng)
+
+    def results():
+        return np.concatenate([np.ravel(result) for result in three_passes(*arguments)])
+
+    assert_schedule_free(emulated_cuda, results)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------
+
+LARGE = {
+    "layer1": ((4, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1, 1),
+    "layer2": ((4, 64, 56, 56), (128, 64, 3, 3), 2, 1, 1, 1),
+    "layer3": ((4, 256, 14, 14), (256, 256, 3, 3), 1, 1, 1, 1),
+    "large_stem": ((2, 3, 112, 112), (64, 3, 7, 7), 2, 3, 1, 1),
+    "large_depthwise": ((4, 96, 28, 28), (96, 1, 3, 3), 2, 1, 1, 96),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES | LARGE)
+def test_three_passes_on_a_gpu(case, dtype, rng):
+    arguments = drawn(LARGE.get(case, case), rng, dtype)
+    found = check_three_passes(*arguments, place=Place("cupy"))
+    again = three_passes(*arguments, place=Place("cupy"))
+    for got, once_more in zip(found, again, strict=True):
+        np.testing.assert_array_equal(got, once_more)

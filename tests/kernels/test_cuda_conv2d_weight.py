@@ -6,7 +6,8 @@ import pytest
 from gradengine.kernels import settings
 from gradengine.kernels.cuda import conv2d_weight, launch, slices
 from gradengine.kernels.geometry import conv2d_geometry
-from tests.emulator.emulator import Schedule
+from tests.emulator.fixtures import assert_schedule_free
+from tests.kernels.conftest import Place
 from tests.kernels.memory import laid_out
 from tests.kernels.tap_sums import convolution_passes
 
@@ -34,6 +35,7 @@ CASES = {
     "filled_channels": ((2, 11, 6, 7), (8, 11, 3, 3), (2, 1), (0, 2), (1, 2), 1),
     "large_stride": ((1, 8, 9, 9), (8, 8, 2, 2), 4, 1, 1, 1),
 }
+# no windows: one tap, or groups
 GATHERED = {
     "pointwise": ((2, 64, 5, 7), (72, 64, 1, 1), 1, 0, 1, 1),
     "pointwise_stride": ((2, 16, 9, 10), (16, 16, 1, 1), 2, 0, 1, 1),
@@ -73,12 +75,22 @@ def drawn(case, rng, dtype=FLOAT32):
     return geometry, *(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
-def check(geometry, grad, x, *, given=None, out_dtype=None):
+def loaded():
+    """Give (source, name) of the kernels that the test has launched."""
+    return {key[1:] for key in launch._kernels}
+
+
+def check(geometry, grad, x, *, given=None, out_dtype=None, place=None):
+    """Compare with sums in float64, each within a share of the sum of its absolute products."""
     weight = np.zeros(geometry.weight_shape)
     *_, expected = convolution_passes(x, weight, grad, geometry)
     *_, scale = convolution_passes(abs(x), weight, abs(grad), geometry)
     given_grad, given_x = given or (grad, x)
-    got = conv2d_weight.grad_weight(given_grad, given_x, geometry, out_dtype)
+    place = place or Place("emulated")
+    got = place.take(
+        conv2d_weight.grad_weight(place.give(given_grad), place.give(given_x), geometry, out_dtype)
+    )
+    assert got is not None
     assert got.dtype == (out_dtype or x.dtype)
     assert got.shape == expected.shape
     assert got.transpose(0, 2, 3, 1).flags.c_contiguous
@@ -88,46 +100,46 @@ def check(geometry, grad, x, *, given=None, out_dtype=None):
     return got
 
 
-def kinds(emulator):
-    return {name.split("_")[0] for source, name in emulator.loaded if "weight" in source}
+def kinds():
+    return {name.split("_")[0] for source, name in loaded() if "weight" in source}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_sums(case, dtype, way, emulated_cuda, rng):
     check(*drawn(case, rng, dtype))
-    assert kinds(emulated_cuda) == {way}
+    assert kinds() == {way}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GATHERED)
 def test_what_has_no_windows_is_gathered(case, dtype, emulated_cuda, rng):
     check(*drawn(case, rng, dtype))
-    assert kinds(emulated_cuda) == {"gather"}
+    assert kinds() == {"gather"}
 
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_other_channels_take_no_tensor_cores(case, emulated_cuda, rng):
     check(*drawn(case, rng))
-    assert not kinds(emulated_cuda)
+    assert not kinds()
 
 
 def test_float64_takes_no_tensor_cores(emulated_cuda, rng):
     check(*drawn("square", rng, FLOAT64))
-    assert not kinds(emulated_cuda)
+    assert not kinds()
 
 
 def test_exact_float32_takes_no_tensor_cores(emulated_cuda, rng, monkeypatch):
     monkeypatch.setattr(settings.cuda, "conv_tf32", False)
     check(*drawn("few_channels", rng), out_dtype=FLOAT32)
-    assert not kinds(emulated_cuda)
+    assert not kinds()
 
 
 def test_old_devices_take_no_tensor_cores(emulated_cuda, rng):
     emulated_cuda.device_limits = launch.device_limits()._replace(architecture=75)
     launch.forget_kernels()
     check(*drawn("few_channels", rng, FLOAT16))
-    assert not kinds(emulated_cuda)
+    assert not kinds()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
@@ -188,19 +200,14 @@ def test_patches(case, patch, dtype, emulated_cuda, rng, monkeypatch):
     chosen("window", monkeypatch)
     monkeypatch.setattr(conv2d_weight, "_windows", windows)
     check(geometry, grad, x)
-    assert kinds(emulated_cuda) == {"window"}
+    assert kinds() == {"window"}
 
 
 @pytest.mark.parametrize("case", ["square", "stem", "dilation"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_schedule_gives_equal_bits(case, dtype, way, emulated_cuda, rng):
-    geometry, grad, x = drawn(case, rng, dtype)
-    expected = check(geometry, grad, x)
-    for order in ("forward", "reverse", "random"):
-        for lazy in (True, False):
-            with emulated_cuda.scheduled(Schedule(order, lazy, lazy)):
-                got = conv2d_weight.grad_weight(grad, x, geometry)
-                np.testing.assert_array_equal(got, expected)
+    arguments = drawn(case, rng, dtype)
+    assert_schedule_free(emulated_cuda, lambda: check(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
@@ -252,3 +259,32 @@ def test_plans_of_a_network_fill_the_device(name, itemsize, emulated_cuda):
     assert ("window" in plan.name) == (name != "pointwise")
     assert plan.shared_bytes <= 227 << 10
     assert 0.7 * 132 <= plan.blocks * plan.slices <= 2 * 132
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------
+
+LARGE = {
+    "stem": ((8, 3, 224, 224), (64, 3, 7, 7), 2, 3, 1, 1),
+    "layer1": ((8, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1, 1),
+    "layer2": ((8, 64, 56, 56), (128, 64, 3, 3), 2, 1, 1, 1),
+    "layer3": ((9, 256, 14, 14), (256, 256, 3, 3), 1, 1, 1, 1),
+    "layer4": ((16, 512, 7, 7), (512, 512, 3, 3), 1, 1, 1, 1),
+    "pointwise": ((8, 128, 28, 28), (256, 128, 1, 1), 2, 0, 1, 1),
+    "groups": ((4, 128, 28, 28), (128, 32, 3, 3), 1, 1, 1, 4),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES | GATHERED | LARGE)
+def test_sums_on_a_gpu(case, dtype, rng):
+    arguments = drawn(LARGE.get(case, case), rng, dtype)
+    got = check(*arguments, place=Place("cupy"))
+    np.testing.assert_array_equal(check(*arguments, place=Place("cupy")), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_either_way_on_a_gpu(case, dtype, way, rng):
+    check(*drawn(case, rng, dtype), place=Place("cupy"))

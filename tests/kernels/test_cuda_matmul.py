@@ -7,7 +7,8 @@ from gradengine import kernels
 from gradengine.kernels import settings
 from gradengine.kernels.cuda import launch, matmul
 from gradengine.kernels.cuda.tiles import SMALL_TILE, SQUARE_TILE, TALL_TILE, covering
-from tests.emulator.emulator import Schedule
+from tests.emulator.fixtures import assert_schedule_free
+from tests.kernels.conftest import Place
 
 BFLOAT16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
 FLOAT16, FLOAT32, FLOAT64 = map(np.dtype, ("float16", "float32", "float64"))
@@ -43,11 +44,18 @@ def pair(rng, dtype, form, rows, depth, columns):
     return x, stored(drawn(rng, dtype, depth, columns), form[1] == "T")
 
 
-def check(x, y, tolerance=None):
+def loaded():
+    """Give (source, name) of the kernels that the test has launched."""
+    return {key[1:] for key in launch._kernels}
+
+
+def check(x, y, tolerance=None, place=None):
     """Compare with a product in float64, each sum by the sum of its absolute products."""
     exact = np.matmul(x.astype(np.float64), y.astype(np.float64))
     scale = np.matmul(abs(x).astype(np.float64), abs(y).astype(np.float64))
-    found = kernels.matmul(x, y)
+    place = place or Place("emulated")
+    found = place.take(kernels.matmul(place.give(x), place.give(y)))
+    assert found is not None
     assert found.dtype == x.dtype
     assert found.shape == exact.shape
     error = abs(found.astype(np.float64) - exact)
@@ -55,14 +63,14 @@ def check(x, y, tolerance=None):
     return found
 
 
-def kinds(emulator):
-    return {name.split("_")[0] for _, name in emulator.loaded}
+def kinds():
+    return {name.split("_")[0] for _, name in loaded()}
 
 
-def forms(emulator):
+def forms():
     """Give the layouts of the kernels used: N is what runs along the rows in memory."""
     found = set()
-    for _, name in emulator.loaded:
+    for _, name in loaded():
         left, right = ("CROSS" in part for part in name.split(",")[1:3])
         found.add("NT"[left] + "TN"[right])
     return found
@@ -75,8 +83,8 @@ def forms(emulator):
 @pytest.mark.parametrize("sizes", [(64, 16, 64), (72, 20, 68), (65, 13, 7), (1, 9, 70)])
 def test_float32(sizes, form, emulated_cuda, rng):
     check(*pair(rng, FLOAT32, form, *sizes))
-    assert kinds(emulated_cuda) == {"plain"}
-    assert sizes[0] == 1 or forms(emulated_cuda) == {form}
+    assert kinds() == {"plain"}
+    assert sizes[0] == 1 or forms() == {form}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -87,7 +95,7 @@ def test_float64(form, emulated_cuda, rng):
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
 def test_16_bits_that_tensor_cores_cannot_load(dtype, emulated_cuda, rng):
     check(*pair(rng, dtype, "NN", 66, 21, 35))
-    assert kinds(emulated_cuda) == {"plain"}
+    assert kinds() == {"plain"}
 
 
 @pytest.mark.parametrize("tile", [SQUARE_TILE, TALL_TILE, SMALL_TILE])
@@ -129,7 +137,7 @@ def test_memory_that_is_not_aligned(emulated_cuda, reduced, rng):
     x = np.empty(16 * 16 + 1, FLOAT32)[1:].reshape(16, 16)
     x[...] = drawn(rng, FLOAT32, 16, 16)
     check(x, drawn(rng, FLOAT32, 16, 16))
-    assert {name for _, name in emulated_cuda.loaded} == {
+    assert {name for _, name in loaded()} == {
         "plain_matmul<float, Layout::DEPTHWISE, Layout::CROSSWISE, 1, 64, 64, 8, 8>"
     }
 
@@ -143,8 +151,8 @@ def test_tensor_cores(dtype, form, emulated_cuda, reduced, rng):
     tolerance = 2 * TF32 if dtype == FLOAT32 else None
     check(*pair(rng, dtype, form, 64, 96, 64), tolerance)
     check(*pair(rng, dtype, form, 72, 200, 40), tolerance)
-    assert kinds(emulated_cuda) == {"tensor"}
-    assert forms(emulated_cuda) == {form}
+    assert kinds() == {"tensor"}
+    assert forms() == {form}
     assert emulated_cuda.statistics()["bank_conflicts"] == 0
 
 
@@ -152,7 +160,7 @@ def test_tensor_cores(dtype, form, emulated_cuda, reduced, rng):
 def test_result_that_no_chunk_divides(dtype, emulated_cuda, reduced, rng):
     check(*pair(rng, dtype, "NT", 3, 16, 69), 2 * TF32)
     check(*pair(rng, dtype, "NT", 65, 16, 1), 2 * TF32)
-    assert kinds(emulated_cuda) == {"tensor"}
+    assert kinds() == {"tensor"}
 
 
 @pytest.mark.parametrize("stages", [0, 1])
@@ -179,8 +187,10 @@ def test_precision_is_a_choice(emulated_cuda, rng, monkeypatch):
     x, y = pair(rng, FLOAT32, "NN", 8, 16, 8)
     exact = check(x, y)
     monkeypatch.setattr(settings.cuda, "float32_matmul_precision", "medium")
-    assert np.abs(check(x, y, 2 * TF32) - exact).max() > 1e-5
-    assert kinds(emulated_cuda) == {"plain", "tensor"}
+    rounded = check(x, y, 2 * TF32)
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=1e-2)
+    assert (rounded != exact).any()
+    assert kinds() == {"plain", "tensor"}
 
 
 def test_devices_without_tensor_cores_for_it(emulated_cuda, reduced, rng):
@@ -188,7 +198,7 @@ def test_devices_without_tensor_cores_for_it(emulated_cuda, reduced, rng):
     launch.forget_kernels()
     check(*pair(rng, FLOAT16, "NN", 8, 16, 8))
     check(*pair(rng, FLOAT32, "NN", 8, 16, 8))
-    assert kinds(emulated_cuda) == {"plain"}
+    assert kinds() == {"plain"}
 
 
 # ---- batches ---------------------------------------------------------------------------------------
@@ -214,7 +224,7 @@ def test_heads_of_attention(emulated_cuda, reduced, rng):
     """(batch, position, head, channel) seen as (batch, head, position, channel): nothing is copied."""
     query, key = (drawn(rng, FLOAT32, 2, 10, 3, 16).swapaxes(1, 2) for _ in range(2))
     check(query, key.swapaxes(-1, -2), 2 * TF32)
-    assert forms(emulated_cuda) == {"NT"}
+    assert forms() == {"NT"}
 
 
 def test_all_rows_of_a_batch_are_one_product(emulated_cuda, rng, monkeypatch):
@@ -234,14 +244,14 @@ def test_all_rows_of_a_batch_are_one_product(emulated_cuda, rng, monkeypatch):
 )  # fmt: skip
 def test_empty(x_shape, y_shape, emulated_cuda):
     check(np.ones(x_shape, FLOAT32), np.ones(y_shape, FLOAT32))
-    assert not emulated_cuda.loaded
+    assert not loaded()
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int8", "bool", "complex64", ">f4"])
 def test_other_dtypes_are_left_to_the_array_module(dtype, emulated_cuda, rng):
     x, y = (rng.integers(0, 3, shape).astype(dtype) for shape in ((7, 8), (8, 9)))
     np.testing.assert_array_equal(kernels.matmul(x, y), np.matmul(x, y))
-    assert not emulated_cuda.loaded
+    assert not loaded()
 
 
 # ---- numbers ---------------------------------------------------------------------------------------
@@ -262,8 +272,57 @@ def test_not_a_number_spoils_its_own_row_and_column_only(
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
 def test_every_schedule_gives_equal_bits(dtype, emulated_cuda, rng):
     x, y = pair(rng, dtype, "TN", 72, 200, 72)
-    expected = kernels.matmul(x, y)
-    for order in ("forward", "reverse", "random"):
-        for lazy in (True, False):
-            with emulated_cuda.scheduled(Schedule(order, lazy, lazy)):
-                np.testing.assert_array_equal(kernels.matmul(x, y), expected)
+    assert_schedule_free(emulated_cuda, lambda: kernels.matmul(x, y))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------
+
+
+def moved(x, y):
+    """Give both on the GPU, transposed as they are here."""
+    cupy = Place("cupy")
+    return tuple(
+        cupy.give(np.ascontiguousarray(array.swapaxes(-1, -2))).swapaxes(-1, -2)
+        if array.strides[-1] > array.strides[-2]
+        else cupy.give(array)
+        for array in (x, y)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("sizes", [(64, 96, 64), (300, 512, 264), (129, 77, 65), (1000, 256, 512)])
+def test_products_on_a_gpu(sizes, dtype, form, precision, own, rng, monkeypatch):
+    monkeypatch.setattr(settings.cuda, "own_matmul", own)
+    monkeypatch.setattr(settings.cuda, "float32_matmul_precision", precision)
+    x, y = pair(rng, dtype, form, *sizes)
+    exact = np.matmul(x.astype(np.float64), y.astype(np.float64))
+    scale = np.matmul(abs(x).astype(np.float64), abs(y).astype(np.float64))
+    found = Place("cupy").take(kernels.matmul(*moved(x, y)))
+    assert found.dtype == dtype
+    tolerance = 2 * TF32 if dtype == FLOAT32 and precision == "high" else TOLERANCES[dtype]
+    assert (abs(found.astype(np.float64) - exact) <= tolerance * scale).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_batches_on_a_gpu(dtype, precision, rng, monkeypatch):
+    monkeypatch.setattr(settings.cuda, "float32_matmul_precision", precision)
+    tolerance = 2 * TF32 if dtype == FLOAT32 and precision == "high" else None
+    x, y = drawn(rng, dtype, 6, 4, 130, 64), drawn(rng, dtype, 4, 64, 72)
+    check(x, y, tolerance, Place("cupy"))
+    check(x, y[0], tolerance, Place("cupy"))
+
+
+@pytest.mark.gpu
+def test_cupy_keeps_its_own_precision(rng, monkeypatch):
+    from cupy._core import _routines_linalg as cublas  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(settings.cuda, "float32_matmul_precision", "high")
+    before = cublas.get_compute_type(np.float32)
+    check(*pair(rng, FLOAT32, "NN", 300, 200, 100), 2 * TF32, Place("cupy"))
+    assert cublas.get_compute_type(np.float32) == before
