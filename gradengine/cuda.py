@@ -150,8 +150,9 @@ class CapturedStep:
         if capture.current() is not None:
             raise RuntimeError("graph: a captured step cannot be part of another captured step")
         if self._inputs is None:
-            self._inputs = _Inputs(inputs)
-            self._graphs = capture.make_graphs(self._inputs.device.index)
+            first = _Inputs(inputs)
+            self._graphs = capture.make_graphs(first.gpu)
+            self._inputs = first
         self._inputs.take(inputs)
         if self._warmup:
             outputs = self._run_as_it_is()
@@ -204,13 +205,12 @@ class _Inputs:
         found: list[Any] = []
         _mapped(given, lambda value: found.append(_array(value)))
         places = [devices.device_of(array) for array in found]
-        gpus = [place for place in places if place.index is not None]
-        self.device = gpus[0] if gpus else devices.resolve(_GPU)
+        gpus = [place.index for place in places if place.index is not None]
+        self.gpu = gpus[0] if gpus else 0
+        device = devices.resolve(self.gpu)
         self._leaves = [
             Tensor(
-                _empty_like(array)
-                if place.index is not None
-                else devices.to_device(array, self.device)
+                _empty_like(array) if place.index is not None else devices.to_device(array, device)
             )
             for array, place in zip(found, places, strict=True)
         ]
@@ -246,7 +246,8 @@ def _kind(value: Any) -> _Kind:
             "graph: inputs are copied, so that no gradient reaches them; got a tensor that requires "
             f"grad, shape={tuple(value.array.shape)} (pass input.detach())"
         )
-    return _Kind(value.dtype, tuple(value.shape))
+    array = _array(value)
+    return _Kind(array.dtype, tuple(array.shape))
 
 
 def _array(value: Any) -> Any:

@@ -198,8 +198,9 @@ def test_numbers_and_tables_of_operations_are_captured(gpu: Any) -> None:
         for found, expected in zip(captured(x), step(x), strict=True):
             assert found.tolist() == expected.tolist()
     assert gpu[0].captured == 1
-    other = ge.cuda.graph(lambda x: ge.zeros_like(x).fill_(x.shape[0]), warmup=1)
-    assert [other(x).tolist() for _ in range(3)] == [[[[[1, 1], [1, 1]]]]] * 3
+    x = ge.ones(1, 2)
+    other = ge.cuda.graph(lambda x: ge.zeros_like(x).fill_(x.shape[1]), warmup=1)
+    assert [other(x).tolist() for _ in range(3)] == [[[2, 2]]] * 3
 
 
 # ---- gradients -------------------------------------------------------------------------------------

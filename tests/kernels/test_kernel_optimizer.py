@@ -31,13 +31,14 @@ class Place:
 
     def sgd(self, values, grads, velocities, fresh, **options):
         with _Rows(self, values, grads, velocities) as rows:
-            kernels.sgd(*rows, fresh, options)
+            kernels.sgd(rows[0], rows[1], rows[2], fresh, options)
 
     def adam(self, values, grads, averages, squares, steps, **options):
         decoupled = options.pop("decoupled")
         states = [{"step": step} for step in steps]
         with _Rows(self, values, grads, averages, squares) as rows:
-            kernels.adam(*rows, states, options, decoupled=decoupled)
+            values, grads, averages, squares = rows
+            kernels.adam(values, grads, averages, squares, states, options, decoupled=decoupled)
 
     def assert_equal(self, found, wanted):
         """To the last bit on the CPU; a GPU multiplies and adds with one rounding."""
@@ -190,8 +191,10 @@ def test_16_bits_are_computed_in_float32(name, place, rng):
     dtype = pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else np.float16
     values, grads, velocities = arrays(rng, [(3, 4), (CHUNK + 9,)], dtype, rows=3)
     wanted = [
-        sgd_by_formula(*(array.astype(np.float32) for array in each), False, SGD)
-        for each in zip(values, grads, velocities, strict=True)
+        sgd_by_formula(
+            value.astype(np.float32), grad.astype(np.float32), kept.astype(np.float32), False, SGD
+        )
+        for value, grad, kept in zip(values, grads, velocities, strict=True)
     ]
     place.sgd(values, grads, velocities, [False] * 2, **SGD)
     for found, row in zip((values, velocities), zip(*wanted, strict=True), strict=True):
