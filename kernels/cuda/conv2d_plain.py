@@ -6,6 +6,7 @@ are float16, bfloat16, float32 or float64, sums are taken in float32, float64's 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,17 @@ from gradengine.devices import array_module
 from gradengine.kernels.cuda import slices
 from gradengine.kernels.cuda.launch import c_name, kernel
 from gradengine.kernels.cuda.tiles import (
-    DOUBLE_TILE,
     PLAIN_DEPTH,
+    PLAIN_ELEMENTS,
     SMALL_TILE,
     SQUARE_TILE,
     TALL_TILE,
+    WIDE_TILE,
+    PlainTile,
+    access_width,
     choose_plain_tile,
     covering,
     sum_dtype,
-    vector_width,
 )
 from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
@@ -52,19 +55,22 @@ NARROW_GROUP = 8
 SLICE_PIXELS = 128
 
 
-def _instances() -> list[str]:
-    names = []
-    for element in ("float16", "bfloat16", "float", "double"):
-        vector = 2 if element == "double" else 4
-        tiles = (DOUBLE_TILE,) if element == "double" else (SQUARE_TILE, TALL_TILE, SMALL_TILE)
-        names += [
-            f"{name}<{element}, {width}, {', '.join(map(str, tile))}>"
-            for name in ("forward", "grad_input", "grad_weight")
-            for width in (1, vector)
-            for tile in tiles
-        ]
-        names += [f"direct_{name}<{element}>" for name in ("forward", "grad_input", "grad_weight")]
-    return names
+def _instances() -> Iterator[str]:
+    tiles = {
+        "forward": (SQUARE_TILE, TALL_TILE, SMALL_TILE),
+        "grad_input": (SQUARE_TILE, TALL_TILE, SMALL_TILE),
+        "grad_weight": (SQUARE_TILE, TALL_TILE, WIDE_TILE),
+    }
+    for element, dtype in PLAIN_ELEMENTS.items():
+        for name, own in tiles.items():
+            for tile in own if element != "double" else (SMALL_TILE,):
+                for width in tile.widths(dtype):
+                    yield _instance(name, element, width, tile)
+            yield f"direct_{name}<{element}>"
+
+
+def _instance(name: str, element: str, width: int, tile: PlainTile) -> str:
+    return f"{name}<{element}, {width}, {', '.join(map(str, tile))}>"
 
 
 # All that may be compiled: source and names of kernels.
@@ -92,9 +98,8 @@ def forward(
     if _is_narrow(geometry):
         _launch_direct("forward", out, arguments)
     else:
-        vector = vector_width((x, weight), (inputs,))
-        pixels = out.size // geometry.out_channels
-        _launch_tiles("forward", x.dtype, vector, (pixels, outputs), geometry.groups, arguments)
+        shape = (out.size // geometry.out_channels, outputs, geometry.groups)
+        _launch_tiles("forward", shape, (inputs,), arguments)
     return from_nhwc(out)
 
 
@@ -109,12 +114,11 @@ def grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
     if _is_narrow(geometry):
         _launch_direct("grad_input", out, arguments)
     else:
-        vector = vector_width((grad, weight), (inputs, outputs))
         vertical, horizontal = geometry.stride
         rows, columns = -(-geometry.height // vertical), -(-geometry.width // horizontal)
         products = geometry.groups * vertical * horizontal
-        shape = (geometry.batch * rows * columns, inputs)
-        _launch_tiles("grad_input", grad.dtype, vector, shape, products, arguments)
+        shape = (geometry.batch * rows * columns, inputs, products)
+        _launch_tiles("grad_input", shape, (inputs, outputs), arguments)
     return from_nhwc(out)
 
 
@@ -136,8 +140,7 @@ def grad_weight(
     inputs, outputs = _group_channels(geometry)
     columns = out.size // geometry.out_channels
     narrow = _is_narrow(geometry)
-    vector = vector_width((grad, x), (inputs, outputs))
-    tile = choose_plain_tile(x.dtype, outputs, columns, geometry.groups)
+    tile = choose_plain_tile(x.dtype, outputs, columns, None)
     if narrow:
         blocks = -(-geometry.out_channels // 32) * columns
     else:
@@ -149,7 +152,8 @@ def grad_weight(
         run = kernel(SOURCE, f"direct_grad_weight<{c_name(x.dtype)}>")
         run((blocks, share.slices), (256,), arguments, 256 * partials.dtype.itemsize)
     else:
-        name = f"grad_weight<{c_name(x.dtype)}, {vector}, {', '.join(map(str, tile))}>"
+        width = access_width(tile, (grad, x), (inputs, outputs))
+        name = _instance("grad_weight", c_name(x.dtype), width, tile)
         grid, shared = (blocks * share.slices,), tile.shared_bytes(x.dtype)
         kernel(SOURCE, name)(grid, (tile.threads,), arguments, shared)
     slices.add_slices(partials, out.reshape(partials.shape[1:]))
@@ -170,19 +174,19 @@ def convolution(geometry: Conv2dGeometry) -> np.ndarray:
 
 
 def _launch_tiles(
-    name: str,
-    dtype: Any,
-    vector: int,
-    shape: tuple[int, int],
-    products: int,
-    arguments: tuple[Any, ...],
+    name: str, shape: tuple[int, int, int], lengths: tuple[int, ...], arguments: tuple[Any, ...]
 ) -> None:
-    """Launch one block for each tile of `products` results of this shape."""
-    tile = choose_plain_tile(dtype, *shape, products)
-    grid = (covering(tile, *shape) * products,)
-    instance = f"{name}<{c_name(dtype)}, {vector}, {', '.join(map(str, tile))}>"
-    shared = tile.shared_bytes(dtype)
-    kernel(SOURCE, instance)(grid, (tile.threads,), arguments, shared)
+    """Launch one block for each tile of a shape's (rows, columns, products).
+
+    The first two arguments are the operands; lengths are what offsets in them are sums of.
+    """
+    rows, columns, products = shape
+    dtype = arguments[0].dtype
+    tile = choose_plain_tile(dtype, rows, columns, products)
+    width = access_width(tile, arguments[:2], lengths)
+    run = kernel(SOURCE, _instance(name, c_name(dtype), width, tile))
+    grid = (covering(tile, rows, columns) * products,)
+    run(grid, (tile.threads,), arguments, tile.shared_bytes(dtype))
 
 
 def _launch_direct(name: str, out: Array, arguments: tuple[Any, ...]) -> None:

@@ -18,11 +18,14 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels import settings
+from gradengine.kernels.cuda import slices
 from gradengine.kernels.cuda.capture import in_step
 from gradengine.kernels.cuda.launch import address, c_name, device_limits, kernel
 from gradengine.kernels.cuda.tiles import (
     CHUNK_BYTES,
-    DOUBLE_TILE,
+    PLAIN_DEPTH,
+    PLAIN_ELEMENTS,
+    SLAB_BYTES,
     SMALL_TILE,
     SQUARE_TILE,
     TALL_TILE,
@@ -30,6 +33,7 @@ from gradengine.kernels.cuda.tiles import (
     TensorTile,
     choose_plain_tile,
     covering,
+    sum_dtype,
 )
 from gradengine.kernels.layout import Array
 
@@ -39,7 +43,7 @@ BATCH_AXES = 4  # of matmul.cu
 _STRIDES = [("line", np.int64), ("depth", np.int64), ("batch", np.int64, BATCH_AXES)]
 _PRODUCT = np.dtype(
     [
-        *((name, np.int32) for name in ("rows", "columns", "depth")),
+        *((name, np.int32) for name in ("rows", "columns", "depth", "slice_depth")),
         ("batch", np.int32, BATCH_AXES),
         *(("a", _STRIDES), ("b", _STRIDES)),
     ],
@@ -48,6 +52,9 @@ _PRODUCT = np.dtype(
 
 # Offsets within a tile are 32 bits wide.
 LARGEST_STRIDE = 1 << 22
+
+# The least depth worth a slice, in slabs.
+LEAST_SLABS = 4
 
 LARGE_TENSOR_TILES = (TensorTile(128, 128, 64, 32, 4), TensorTile(128, 128, 64, 32, 3))
 SMALL_TENSOR_TILE = TensorTile(64, 64, 32, 32, 4)
@@ -65,15 +72,10 @@ def _instances() -> Iterator[str]:
     for element, form in product(("float16", "bfloat16", "float"), forms):
         for tile in (*LARGE_TENSOR_TILES, SMALL_TENSOR_TILE):
             yield _instance("tensor", element, form, tile)
-    plain = {
-        "float16": ((1,), (SMALL_TILE,)),
-        "bfloat16": ((1,), (SMALL_TILE,)),
-        "float": ((1, 4), (SQUARE_TILE, TALL_TILE, SMALL_TILE)),
-        "double": ((1, 2), (DOUBLE_TILE,)),
-    }
-    for element, (widths, tiles) in plain.items():
-        for form in forms:
-            for width, tile in product(widths, tiles):
+    for element, dtype in PLAIN_ELEMENTS.items():
+        tiles = (SQUARE_TILE, TALL_TILE, SMALL_TILE) if element == "float" else (SMALL_TILE,)
+        for tile, form in product(tiles, forms):
+            for width in tile.widths(dtype) if element in ("float", "double") else (1,):
                 yield _instance("plain", element, form, (width, *tile))
 
 
@@ -189,34 +191,48 @@ def multiply(x: Array, y: Array, uses_tensor_cores: bool) -> Array:
     if not out.size or not x.shape[-1]:
         return out
     sizes, a, b = _operands(x, y.swapaxes(-1, -2), batch)
-    name, tile, shared_bytes = _choose_kernel(a, b, prod(batch), uses_tensor_cores)
+    choice = _choose_kernel(a, b, prod(batch), uses_tensor_cores)
+    tile = choice.tile
+    blocks = covering(tile, a.lines, b.lines) * prod(batch)
+    share = slices.plan(a.depth, choice.slab, LEAST_SLABS * choice.slab, blocks, 1, out.size)
+    partials = None
+    if share.slices > 1:
+        shape = (share.slices, prod(out.shape[:-1]), 1, out.shape[-1])
+        partials = array_module(x).empty(shape, sum_dtype(x.dtype))
     strides = (
         (operand.line_stride, operand.depth_stride, _filled(operand.batch_strides, 0))
         for operand in (a, b)
     )
-    numbers = (a.lines, b.lines, a.depth, _filled(sizes, 1), *strides)
-    arguments = (a.array, b.array, out, np.array(numbers, _PRODUCT))
-    grid = (covering(tile, a.lines, b.lines) * prod(batch),)
-    kernel(SOURCE, name)(grid, (tile.threads,), arguments, shared_bytes)
+    numbers = (a.lines, b.lines, a.depth, share.depth, _filled(sizes, 1), *strides)
+    arguments = (a.array, b.array, out, partials, np.array(numbers, _PRODUCT))
+    run = kernel(SOURCE, choice.name)
+    run((blocks * share.slices,), (tile.threads,), arguments, choice.shared_bytes)
+    if partials is not None:
+        slices.add_slices(partials, out.reshape(partials.shape[1:]))
     return out
 
 
-def _choose_kernel(
-    a: Operand, b: Operand, products: int, uses_tensor_cores: bool
-) -> tuple[str, PlainTile | TensorTile, int]:
-    """Return a kernel's name, its tile, and the shared memory it takes."""
+class _Choice(NamedTuple):
+    name: str  # of the kernel
+    tile: PlainTile | TensorTile
+    slab: int  # of its depth
+    shared_bytes: int
+
+
+def _choose_kernel(a: Operand, b: Operand, products: int, uses_tensor_cores: bool) -> _Choice:
     dtype = a.array.dtype
     form = (a.layout, b.layout)
     if uses_tensor_cores and a.fits_tensor_cores and b.fits_tensor_cores:
         tile = _choose_tensor_tile(a.lines, b.lines, products)
-        return _instance("tensor", c_name(dtype), form, tile), tile, tile.shared_bytes
-    width = CHUNK_BYTES // dtype.itemsize
-    tile = choose_plain_tile(dtype, a.lines, b.lines, products)
+        name = _instance("tensor", c_name(dtype), form, tile)
+        return _Choice(name, tile, SLAB_BYTES // dtype.itemsize, tile.shared_bytes)
     if dtype.itemsize == 2:  # what tensor cores cannot load, or on old devices
         tile, width = SMALL_TILE, 1
-    elif not (a.fits(width) and b.fits(width)):
-        width = 1
-    return _instance("plain", c_name(dtype), form, (width, *tile)), tile, tile.shared_bytes(dtype)
+    else:
+        tile = choose_plain_tile(dtype, a.lines, b.lines, products)
+        width = next(w for w in reversed(tile.widths(dtype)) if w == 1 or (a.fits(w) and b.fits(w)))
+    name = _instance("plain", c_name(dtype), form, (width, *tile))
+    return _Choice(name, tile, PLAIN_DEPTH, tile.shared_bytes(dtype))
 
 
 def _choose_tensor_tile(rows: int, columns: int, products: int) -> TensorTile:

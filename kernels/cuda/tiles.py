@@ -14,6 +14,15 @@ SLAB_BYTES = 128  # of a slab of tile.cuh, along the depth
 CHUNK_BYTES = 16
 
 
+# The elements of plain tiles by their names in the kernels, with a dtype that is summed as they are.
+PLAIN_ELEMENTS = {
+    "float16": np.float16,
+    "bfloat16": np.float16,
+    "float": np.float32,
+    "double": np.float64,
+}
+
+
 class PlainTile(NamedTuple):
     """Sizes of a tile by ordinary multiply-adds, and of the part of it that one thread computes."""
 
@@ -26,6 +35,11 @@ class PlainTile(NamedTuple):
     def threads(self) -> int:
         return self.rows * self.columns // (self.thread_rows * self.thread_columns)
 
+    def widths(self, dtype: Any) -> tuple[int, ...]:
+        """Return how many elements an access to global memory takes: one, or the most it can."""
+        shares = (length * PLAIN_DEPTH // self.threads for length in (self.rows, self.columns))
+        return 1, min(CHUNK_BYTES // sum_dtype(dtype).itemsize, *shares)
+
     def shared_bytes(self, dtype: Any) -> int:
         """Return the size of PlainTile::Shared for elements of dtype: two slabs of both operands."""
         itemsize = sum_dtype(dtype).itemsize
@@ -34,8 +48,8 @@ class PlainTile(NamedTuple):
 
 SQUARE_TILE = PlainTile(128, 128, 8, 8)
 TALL_TILE = PlainTile(128, 64, 8, 8)
-SMALL_TILE = PlainTile(64, 64, 8, 8)
-DOUBLE_TILE = PlainTile(64, 64, 4, 4)
+WIDE_TILE = PlainTile(64, 128, 8, 8)
+SMALL_TILE = PlainTile(64, 64, 4, 4)
 
 
 class TensorTile(NamedTuple):
@@ -61,23 +75,26 @@ def covering(tile: PlainTile | TensorTile, rows: int, columns: int) -> int:
     return -(-rows // tile.rows) * -(-columns // tile.columns)
 
 
-def choose_plain_tile(dtype: Any, rows: int, columns: int, products: int = 1) -> PlainTile:
-    """Choose the tile for products of this shape: small where large leave multiprocessors idle."""
-    if dtype == np.float64:
-        return DOUBLE_TILE
-    tile = SQUARE_TILE if columns > TALL_TILE.columns else TALL_TILE
-    if rows <= SMALL_TILE.rows:
+def choose_plain_tile(dtype: Any, rows: int, columns: int, products: int | None) -> PlainTile:
+    """Choose the tile for products of this shape: small where large leave multiprocessors idle.
+
+    Of a product in slices there are as many as it takes: products is None.
+    """
+    if dtype == np.float64:  # larger ones would not fit registers
         return SMALL_TILE
+    tile = SQUARE_TILE if columns > TALL_TILE.columns else TALL_TILE
+    if products is None:
+        return WIDE_TILE if rows <= WIDE_TILE.rows else tile
     enough = covering(tile, rows, columns) * products >= device_limits().multiprocessors
-    return tile if enough else SMALL_TILE
+    return tile if enough and rows > SMALL_TILE.rows else SMALL_TILE
 
 
-def vector_width(arrays: tuple[Array, ...], lengths: tuple[int, ...]) -> int:
+def access_width(tile: PlainTile, arrays: tuple[Array, ...], lengths: tuple[int, ...]) -> int:
     """Return how many elements one access of a plain tile may take.
 
     `lengths` are what all offsets of accesses, in elements, are sums of.
     """
-    width = 2 if arrays[0].dtype == np.float64 else 4
+    _, width = tile.widths(arrays[0].dtype)
     fits = all(length % width == 0 for length in lengths) and all(
         address(array) % (width * array.dtype.itemsize) == 0 for array in arrays
     )

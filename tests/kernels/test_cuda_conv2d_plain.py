@@ -98,12 +98,12 @@ def test_other_dtypes(case, dtype, emulated_cuda, rng):
     check_three_passes(*drawn(case, rng, dtype))
 
 
-@pytest.mark.parametrize("tile", [tiles.SQUARE_TILE, tiles.TALL_TILE])
 @pytest.mark.parametrize("case", ["several_tiles", "stride_and_dilation"])
-def test_large_tiles(case, tile, emulated_cuda, rng, monkeypatch):
-    monkeypatch.setattr(conv2d_plain, "choose_plain_tile", lambda *_: tile)
-    check_three_passes(*drawn(case, rng))
-    assert sum(str(tile.columns) in name for _, name in loaded()) == 3
+def test_large_tiles(case, emulated_cuda, rng, monkeypatch):
+    for tile in (tiles.SQUARE_TILE, tiles.TALL_TILE):
+        monkeypatch.setattr(conv2d_plain, "choose_plain_tile", lambda *_, tile=tile: tile)
+        check_three_passes(*drawn(case, rng))
+    assert len([name for source, name in loaded() if source == conv2d_plain.SOURCE]) == 6
 
 
 def test_tiles_fit_the_product(emulated_cuda):
@@ -116,6 +116,9 @@ def test_tiles_fit_the_product(emulated_cuda):
     assert chosen(128 * multiprocessors - 128, 128, 1) == tiles.SMALL_TILE
     assert chosen(128, 128, multiprocessors) == tiles.SQUARE_TILE
     assert chosen(64, 1 << 20, 1) == tiles.SMALL_TILE
+    assert chosen(64, 128, None) == tiles.WIDE_TILE
+    assert chosen(65, 128, None) == tiles.SQUARE_TILE
+    assert tiles.choose_plain_tile(np.float64, 1 << 20, 1 << 20, 1) == tiles.SMALL_TILE
 
 
 @pytest.mark.parametrize("memory", ["nchw", "nhwc", "strided", "read_only"])

@@ -64,13 +64,13 @@ def check(x, y, tolerance=None, place=None):
 
 
 def kinds():
-    return {name.split("_")[0] for _, name in loaded()}
+    return {name.split("_")[0] for source, name in loaded() if source == matmul.SOURCE}
 
 
 def forms():
     """Give the layouts of the kernels used: N is what runs along the rows in memory."""
     found = set()
-    for _, name in loaded():
+    for name in (name for source, name in loaded() if source == matmul.SOURCE):
         left, right = ("CROSS" in part for part in name.split(",")[1:3])
         found.add("NT"[left] + "TN"[right])
     return found
@@ -138,8 +138,26 @@ def test_memory_that_is_not_aligned(emulated_cuda, reduced, rng):
     x[...] = drawn(rng, FLOAT32, 16, 16)
     check(x, drawn(rng, FLOAT32, 16, 16))
     assert {name for _, name in loaded()} == {
-        "plain_matmul<float, Layout::DEPTHWISE, Layout::CROSSWISE, 1, 64, 64, 8, 8>"
+        "plain_matmul<float, Layout::DEPTHWISE, Layout::CROSSWISE, 1, 64, 64, 4, 4>"
     }
+
+
+# ---- deep products ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("form", ["NN", "TT"])
+def test_few_tiles_share_the_depth(form, dtype, emulated_cuda, reduced, rng):
+    x, y = pair(rng, dtype, form, 24, 1040, 32)
+    tolerance = 2 * TF32 if dtype == FLOAT32 else None
+    check(x, y, tolerance)
+    assert "slices.cu" in {source for source, _ in loaded()}
+    check(np.stack([x, x[::-1]]), y, tolerance)  # a batch
+
+
+def test_shallow_products_are_not_shared(emulated_cuda, rng):
+    check(*pair(rng, FLOAT32, "NN", 24, 40, 32))
+    assert {source for source, _ in loaded()} == {"matmul.cu"}
 
 
 # ---- tensor cores ----------------------------------------------------------------------------------
