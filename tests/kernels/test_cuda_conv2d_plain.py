@@ -216,6 +216,17 @@ def test_every_schedule_gives_equal_bits(case, emulated_cuda, rng):
     assert_schedule_free(emulated_cuda, results)
 
 
+@pytest.mark.parametrize("case", ["square", "ragged_channels", "depthwise"])
+def test_reads_share_no_banks_and_race_nowhere(case, emulated_cuda, rng):
+    emulated_cuda.watched = True
+    emulated_cuda.accesses()  # counts anew
+    check_three_passes(*drawn(case, rng))
+    found = [a for a in emulated_cuda.accesses() if a.kernel == "conv2d_plain"]
+    reads = [a for a in found if (a.memory, a.kind) == ("shared", "read")]
+    assert reads
+    assert all(a.pieces == a.least for a in reads)
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------
 
 LARGE = {

@@ -230,11 +230,24 @@ def test_slices(dtype, way, emulated_cuda, rng, monkeypatch):
     assert plans[0].slices > 2
 
 
-def test_operands_share_no_banks(way, emulated_cuda, rng):
+def test_matrices_share_no_banks(way, emulated_cuda, rng):
     emulated_cuda.statistics()  # counts anew
     for case, dtype in (("square", FLOAT16), ("stem", BFLOAT16), ("stride", FLOAT16)):
         check(*drawn(case, rng, dtype))
     assert emulated_cuda.statistics()["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
+@pytest.mark.parametrize("case", ["square", "stem"])
+def test_windows_share_no_banks_and_race_nowhere(case, dtype, emulated_cuda, rng, monkeypatch):
+    chosen("window", monkeypatch)
+    emulated_cuda.watched = True
+    emulated_cuda.accesses()  # counts anew
+    check(*drawn(case, rng, dtype))
+    found = [a for a in emulated_cuda.accesses() if a.kernel == "conv2d_weight"]
+    reads = [a for a in found if (a.memory, a.kind) == ("shared", "read")]
+    assert reads
+    assert all(a.pieces == a.least for a in reads)
 
 
 RESNET18 = {
