@@ -49,7 +49,8 @@ Rows = Callable[[Device, argparse.Namespace], Iterable[Row]]
 def _steps(kind: str) -> Rows:
     def rows(device: Device, options: argparse.Namespace) -> Iterator[Row]:
         pixels = 32 if options.rehearse else 224
-        return gpu_steps.step_rows(device, kind, options.batches, options.peers, pixels)
+        batches = options.batches if kind == "training" else options.batches[:3]
+        return gpu_steps.step_rows(device, kind, batches, options.peers, pixels)
 
     return rows
 
@@ -83,7 +84,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rows", type=re.compile, default=re.compile(""), metavar="REGEX",
         help="of these groups only the rows in whose name it is found")  # fmt: skip
     add("--batches", type=_numbers, default=None, metavar="N,...",
-        help=f"batch sizes of whole steps ({','.join(map(str, BATCHES))})")  # fmt: skip
+        help="batch sizes of training steps, by importance; the first three of other steps "
+        f"({','.join(map(str, BATCHES))})")  # fmt: skip
     add("--peers", type=_choices("peer", gpu_steps.PEERS), default=list(gpu_steps.PEERS),
         metavar="PEER,...", help=f"PyTorch's ways to run a step, of {peers}")  # fmt: skip
     add("--seconds", type=float, default=SECONDS, help=f"for the whole run ({SECONDS:g})")

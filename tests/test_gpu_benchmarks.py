@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_profile, gpu_report
+from benchmarks import gpu, gpu_device, gpu_profile, gpu_report
 from benchmarks.gpu_device import Memory, Rehearsal, Turn
 from benchmarks.gpu_race import BudgetSpentError, Contestant, Row, measure
+from gradengine.kernels import settings
 from gradengine.kernels.cuda import launch
 
 
@@ -269,6 +270,121 @@ def test_random_numbers_repeat_only_after_a_million():
     assert len(np.unique(array)) > 900_000
 
 
+class FakeCupy:
+    """A device whose runs take 1 ms, and whose host takes `queueing` seconds to queue one."""
+
+    def __init__(self, queueing: float) -> None:
+        self.queueing = queueing
+        self.host = self.device = 0.0  # both clocks, in seconds
+        self.spins: list[float] = []
+        self.pool = SimpleNamespace(free_all_blocks=lambda: None)
+        self.events_see_work = True
+        event = type("Event", (), {"record": lambda event, stream: self.record(event)})
+        self.cuda: Any = SimpleNamespace(
+            Event=event,
+            Stream=SimpleNamespace(null=None),
+            get_elapsed_time=lambda first, last: 1e3 * (last.time - first.time),
+            runtime=SimpleNamespace(
+                deviceSynchronize=self.synchronize, memGetInfo=lambda: (1000 - self.live, 1000)
+            ),
+            MemoryHook=Hook,
+        )
+        self.live = 0
+
+    def get_default_memory_pool(self) -> Any:
+        return self.pool
+
+    def record(self, event: Any) -> None:
+        event.time = max(self.device, self.host) if self.events_see_work else 0.0
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def spin(self, grid: Any, block: Any, arguments: tuple[Any, ...]) -> None:
+        self.spins.append(float(arguments[0]) / 1e9)
+        self.device = self.host + self.spins[-1]
+
+    def run(self) -> None:
+        self.host += self.queueing
+        self.device = max(self.device, self.host) + 1e-3
+
+
+class Hook:
+    """What the stand-in calls cupy.cuda.MemoryHook."""
+
+    current: Any = None
+
+    def __enter__(self) -> Hook:
+        Hook.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Hook.current = None
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Give what makes a Cuda device of a stand-in."""
+
+    def make(queueing: float) -> tuple[Any, FakeCupy]:
+        fake = FakeCupy(queueing)
+        device: Any = object.__new__(gpu_device.Cuda)
+        device.xp, device.torch, device._spin, device._cycles = fake, None, fake.spin, 1e9
+        monkeypatch.setattr(gpu_device.time, "perf_counter", lambda: fake.host)
+        return device, fake
+
+    return make
+
+
+def test_a_step_is_timed_with_the_time_that_python_takes(cuda):
+    device, fake = cuda(2e-3)
+    turn = device.time(fake.run, 4)
+    assert turn.seconds == pytest.approx(
+        [3e-3, 2e-3, 2e-3, 2e-3]
+    )  # the first one's run, then Python
+    assert turn.queueing == pytest.approx(2e-3)
+    assert fake.spins == []
+
+
+def test_a_kernel_is_queued_ahead_of_the_device(cuda):
+    device, fake = cuda(2e-3)
+    turn = device.time(fake.run, 3, 2, 2e-3)
+    assert turn.seconds == pytest.approx([1e-3] * 3)
+    assert fake.spins == pytest.approx([0.0241])
+
+
+def test_a_kernel_that_was_queued_too_late_is_timed_again(cuda):
+    device, fake = cuda(2e-3)
+    assert device.time(fake.run, 3, 1, 5e-4).seconds == pytest.approx([1e-3] * 3)
+    assert fake.spins == pytest.approx([0.0031, 0.0062])
+
+
+def test_work_that_events_do_not_see_is_timed_by_the_host(cuda):
+    device, fake = cuda(1e-6)
+    fake.events_see_work = False
+    assert device.time(fake.run, 4).seconds == pytest.approx([1e-3] * 4, rel=0.01)
+
+
+def test_memory_is_what_was_live_at_the_peak(cuda):
+    device, fake = cuda(1e-6)
+
+    def allocate(size: int) -> None:
+        fake.live += size
+        if size > 0:
+            Hook.current.malloc_postprocess(mem_ptr=1, mem_size=size, device_id=0)
+        else:
+            Hook.current.free_postprocess(mem_ptr=1, mem_size=-size, device_id=0)
+
+    def make() -> Any:
+        allocate(100)
+        return lambda: (allocate(50), allocate(30), allocate(-80), fake.run())
+
+    run, first, memory = device.watch_memory(make)
+    assert memory == (180, 100)
+    assert first == pytest.approx(1e-3, rel=0.01)
+    assert run is not None
+
+
 def test_launches_are_timed_and_summed_by_kernel_and_grid(monkeypatch):
     ran, clock = [], iter(range(100))
     runtime = SimpleNamespace(
@@ -329,6 +445,31 @@ def test_rows_of_kernels_run(arguments: tuple[str, ...], tmp_path: Path, capsys)
         assert all("median" in found for found in row["contestants"].values()), row["name"]
     assert gpu_report.document(results)
     assert "kept in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("group", "rows"),
+    [
+        ("convolutions", "bf16.*(1x1 stride 2, 64|7x7)"),
+        ("passes", "bf16.*(pool|64 x 16|pixels)"),
+        ("matmul", "bf16 256"),
+    ],
+)
+def test_our_kernels_in_rows_of_bfloat16_run_emulated(
+    group: str, rows: str, emulated_cuda, monkeypatch, tmp_path: Path, capsys
+):
+    """The CPU has no such kernels, so that the rehearsal takes float32 in their place."""
+    pytest.importorskip("torch")
+    for name in ("dtype", "fast_matmul", "autocast"):
+        monkeypatch.setattr(Rehearsal, name, getattr(gpu_device.Device, name))
+    for name in ("conv_tf32", "float32_matmul_precision"):  # which the rows set
+        monkeypatch.setattr(settings.cuda, name, getattr(settings.cuda, name))
+    results, log = rehearsed(tmp_path, "--only", group, "--rows", rows)
+    assert log == ""
+    found = [row["contestants"]["gradengine"] for row in results["rows"]]
+    assert len(found) >= 2
+    assert all("median" in one for one in found)
+    assert all(one["distance"] < 1e-2 for one in found if group != "passes")
 
 
 @pytest.mark.parametrize("group", ["training", "frozen", "forward"])
