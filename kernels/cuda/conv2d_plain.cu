@@ -316,7 +316,7 @@ grad_weight(const T* __restrict__ grad, const T* __restrict__ x,
 
 // As `forward`; neighbouring threads have neighbouring output channels.
 template <typename T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 direct_forward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
                const T* __restrict__ residual, T* __restrict__ out, const __grid_constant__ Convolution c,
                long long relu) {
@@ -345,7 +345,7 @@ direct_forward(const T* __restrict__ x, const T* __restrict__ weight, const T* _
 
 // As `grad_input`; neighbouring threads have neighbouring input channels.
 template <typename T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 direct_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* __restrict__ out,
                   const __grid_constant__ Convolution c) {
     typedef typename Accumulator<T>::type Sum;
@@ -377,7 +377,7 @@ direct_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* _
 // As `grad_weight`, for 32 neighbouring output channels and one tap and channel a block; the 8 rows of threads
 // take every 8th pixel of the slice. The grid is (channel tiles x taps x channels, slices).
 template <typename T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
 direct_grad_weight(const T* __restrict__ grad, const T* __restrict__ x,
                    typename Accumulator<T>::type* __restrict__ partials, const __grid_constant__ Convolution c,
                    long long slice_pixels) {
