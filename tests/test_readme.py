@@ -6,11 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import gradengine as ge
 from gradengine.autograd import gradcheck, gradgradcheck
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLE, OPERATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE = SNIPPETS[0]
+(ON_A_GPU,) = (snippet for snippet in SNIPPETS if "ge.cuda.graph" in snippet)
+(OPERATION,) = (snippet for snippet in SNIPPETS if "hypot.pullbacks" in snippet)
 
 
 def test_the_example_prints_what_its_comments_say(capsys):
@@ -31,6 +36,23 @@ def test_the_operation_is_differentiable_to_second_order():
     y = ge.tensor([1.5, -1.0], dtype=ge.float64, requires_grad=True)
     assert gradcheck(names["hypot"], (x, y))
     assert gradgradcheck(names["hypot"], (x, y))
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_what_is_shown_for_a_gpu_runs(monkeypatch):
+    precision = ge.get_float32_matmul_precision()
+    monkeypatch.setattr(ge.backends.cuda, "conv_tf32", True)
+    model = ge.nn.Sequential(ge.nn.Conv2d(8, 8, 3), ge.nn.AdaptiveAvgPool2d(1), ge.nn.Flatten())
+    images, labels = ge.randn(2, 8, 6, 6), ge.asarray([0, 1])
+    names: dict[str, Any] = {"ge": ge, "model": model, "images": images, "labels": labels}
+    names["step"] = lambda: None
+    try:
+        exec(ON_A_GPU, names)
+    finally:
+        ge.set_float32_matmul_precision(precision)
+    assert names["loss"].dtype == ge.float32
+    assert not ge.backends.cuda.conv_tf32
+    assert callable(names["train"])
 
 
 def test_the_folders_of_the_map_exist():
