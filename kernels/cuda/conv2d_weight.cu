@@ -22,6 +22,8 @@ struct Window {
     int images, rows, columns;                 // of a patch
     int row_blocks, column_blocks, patches;    // that cover the output
     int source_rows, source_columns;           // of x, for one image of a patch
+    int padded_pixels, source_pixels;          // of a patch: of the output, rounded up, and of x
+    int stage_bytes;                           // of shared memory that a patch takes
     // Where shared memory has them, in pixels: columns that lie stride_x apart are adjacent, the columns of the
     // next residue follow phase_pitch on.
     int phase_pitch, row_pitch, image_pitch;
@@ -71,24 +73,13 @@ struct WindowTile {
     static constexpr int X_PITCH = CHANNELS == 8 ? 8 * sizeof(T) : CHANNELS * sizeof(T) + PAD;
 
     const Window& window;
-    const int pixels, padded_pixels;  // output pixels of a patch
-    const int grad_bytes, stage_bytes;
-    unsigned char* const shared;
-    TargetPixel* const targets;  // (padded_pixels)
-    SourcePixel* const sources;
-    const int source_count;
+    unsigned char* const shared;  // two stages, then tables
     int first_row, first_channel, first_tap, tap_count;
 
     float sums[DOWN][GROUPS][4];
 
     DEVICE explicit WindowTile(const Window& window)
-        : window(window), pixels(window.images * window.rows * window.columns),
-          padded_pixels((pixels + DEPTH - 1) / DEPTH * DEPTH), grad_bytes(padded_pixels * GRAD_PITCH),
-          stage_bytes(grad_bytes + window.images * window.image_pitch * X_PITCH),
-          shared(dynamic_shared_memory<unsigned char>()),
-          targets(reinterpret_cast<TargetPixel*>(shared + 2 * stage_bytes)),
-          sources(reinterpret_cast<SourcePixel*>(targets + padded_pixels)),
-          source_count(window.images * window.source_rows * window.source_columns) {
+        : window(window), shared(dynamic_shared_memory<unsigned char>()) {
         const int row_blocks = (window.out_channels + ROWS - 1) / ROWS;
         const int channel_blocks = (window.channels + CHANNELS - 1) / CHANNELS;
         first_row = int(blockIdx.x) % row_blocks * ROWS;
@@ -108,71 +99,99 @@ struct WindowTile {
     static DEVICE int lane() { return threadIdx.x % 32; }
     static DEVICE int warp() { return threadIdx.x / 32; }
 
+    // Of a stage, the pixels of grad come first.
+    DEVICE int grad_bytes() const { return window.padded_pixels * GRAD_PITCH; }
+    DEVICE TargetPixel* targets() const {
+        return reinterpret_cast<TargetPixel*>(shared + 2 * window.stage_bytes);
+    }
+    DEVICE SourcePixel* sources() const {
+        return reinterpret_cast<SourcePixel*>(targets() + window.padded_pixels);
+    }
+
     // ---- copying ----
 
     // Fill the tables of a patch's pixels, the same for all patches.
     DEVICE void make_tables() {
-        for (int number = threadIdx.x; number < padded_pixels; number += THREADS) {
+        const int pixels = window.images * window.rows * window.columns;
+        for (int number = threadIdx.x; number < window.padded_pixels; number += THREADS) {
             // what pads the patch has grad 0 and reads x somewhere: at the last pixel
             const Spot spot(min(number, pixels - 1), window.rows, window.columns);
             const int row = spot.image * window.image_pitch + spot.row * window.stride_y * window.row_pitch;
             const int element = ((spot.image * window.out_height + spot.row) * window.out_width + spot.column) *
                                 window.out_channels;
-            targets[number] = {spot.packed(), number < pixels ? element : -1, (row + spot.column) * X_PITCH};
+            targets()[number] = {spot.packed(), number < pixels ? element : -1, (row + spot.column) * X_PITCH};
         }
-        for (int number = threadIdx.x; number < source_count; number += THREADS) {
+        for (int number = threadIdx.x; number < window.source_pixels; number += THREADS) {
             const Spot spot(number, window.source_rows, window.source_columns);
             const int row = spot.image * window.image_pitch + spot.row * window.row_pitch;
             const int phase = spot.column % window.stride_x * window.phase_pitch;
             const int element =
                 ((spot.image * window.height + spot.row) * window.width + spot.column) * window.channels;
-            sources[number] = {spot.packed(), element, (row + phase + spot.column / window.stride_x) * X_PITCH};
+            sources()[number] = {spot.packed(), element, (row + phase + spot.column / window.stride_x) * X_PITCH};
         }
     }
 
-    // Issue the copies of a patch.
-    DEVICE void copy(int patch, unsigned char* stage, const T* grad, const T* x) const {
-        const int across = patch / window.column_blocks, image = across / window.row_blocks * window.images;
-        const int row = (across % window.row_blocks) * window.rows;
-        const int column = (patch % window.column_blocks) * window.columns;
-        copy_grad(stage, grad, image, row, column);
-        copy_x(stage + grad_bytes, x, image, row * window.stride_y - window.padding_y,
-               column * window.stride_x - window.padding_x);
+    // The copies of one patch that this thread issues, some at a time: first of grad, then of x.
+    struct Copies {
+        unsigned char* stage;
+        int images_left, row, column;  // of the output, at the patch's first pixel
+        int target, source;            // the next ones
+    };
+
+    DEVICE Copies copies_of(int patch, unsigned char* stage) const {
+        const int across = patch / window.column_blocks;
+        return {stage,
+                window.batch - across / window.row_blocks * window.images,
+                across % window.row_blocks * window.rows,
+                patch % window.column_blocks * window.columns,
+                int(threadIdx.x) / GRAD_CHUNKS,
+                int(threadIdx.x) / X_CHUNKS};
     }
 
-    DEVICE void copy_grad(unsigned char* stage, const T* grad, int image, int row, int column) const {
-        constexpr int CHUNKS = ROWS / CHUNK<T>;  // of a pixel
-        const int channel = threadIdx.x % CHUNKS * CHUNK<T>;
-        const bool is_channel = first_row + channel < window.out_channels;
-        const T* const first =
-            grad + (((long long)image * window.out_height + row) * window.out_width + column) * window.out_channels +
-            first_row + channel;
-        unsigned char* const destination = stage + channel * sizeof(T);
-        for (int number = threadIdx.x / CHUNKS; number < padded_pixels; number += THREADS / CHUNKS) {
-            const TargetPixel target = targets[number];
-            const Spot spot(target.spot);
-            const bool valid = is_channel && target.element >= 0 && image + spot.image < window.batch &&
-                               row + spot.row < window.out_height && column + spot.column < window.out_width;
-            copy_async<CHUNK_BYTES>(destination + number * GRAD_PITCH, valid ? first + target.element : grad, valid);
+    // Issue the next one. Returns false when all are.
+    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
+        if (copies.target < window.padded_pixels) {
+            copy_grad(copies, grad);
+            copies.target += THREADS / GRAD_CHUNKS;
+        } else if (copies.source < window.source_pixels) {
+            copy_x(copies, x);
+            copies.source += THREADS / X_CHUNKS;
+        } else {
+            return false;
         }
+        return true;
     }
 
-    DEVICE void copy_x(unsigned char* stage, const T* x, int image, int row, int column) const {
-        constexpr int CHUNKS = CHANNELS / CHUNK<T>;
-        const int channel = threadIdx.x % CHUNKS * CHUNK<T>;
-        const bool is_channel = first_channel + channel < window.channels;
-        const T* const first =
-            x + (((long long)image * window.height + row) * window.width + column) * window.channels + first_channel +
-            channel;
-        unsigned char* const destination = stage + channel * sizeof(T);
-        for (int number = threadIdx.x / CHUNKS; number < source_count; number += THREADS / CHUNKS) {
-            const SourcePixel source = sources[number];
-            const Spot spot(source.spot);
-            const bool valid = is_channel && image + spot.image < window.batch &&
-                               unsigned(row + spot.row) < unsigned(window.height) &&
-                               unsigned(column + spot.column) < unsigned(window.width);
-            copy_async<CHUNK_BYTES>(destination + source.byte, valid ? first + source.element : x, valid);
-        }
+    static constexpr int GRAD_CHUNKS = ROWS / CHUNK<T>, X_CHUNKS = CHANNELS / CHUNK<T>;  // of a pixel
+
+    DEVICE void copy_grad(const Copies& copies, const T* grad) const {
+        const TargetPixel target = targets()[copies.target];
+        const Spot spot(target.spot);
+        const int channel = threadIdx.x % GRAD_CHUNKS * CHUNK<T>;
+        const bool valid = first_row + channel < window.out_channels && target.element >= 0 &&
+                           spot.image < copies.images_left && copies.row + spot.row < window.out_height &&
+                           copies.column + spot.column < window.out_width;
+        const long long line = (long long)(window.batch - copies.images_left) * window.out_height + copies.row;
+        const T* const source = grad + (line * window.out_width + copies.column) * window.out_channels + first_row +
+                                channel + target.element;
+        copy_async<CHUNK_BYTES>(copies.stage + copies.target * GRAD_PITCH + channel * sizeof(T), valid ? source : grad,
+                                valid);
+    }
+
+    DEVICE void copy_x(const Copies& copies, const T* x) const {
+        const SourcePixel pixel = sources()[copies.source];
+        const Spot spot(pixel.spot);
+        const int row = copies.row * window.stride_y - window.padding_y;
+        const int column = copies.column * window.stride_x - window.padding_x;
+        const int channel = threadIdx.x % X_CHUNKS * CHUNK<T>;
+        const bool valid = first_channel + channel < window.channels && spot.image < copies.images_left &&
+                           unsigned(row + spot.row) < unsigned(window.height) &&
+                           unsigned(column + spot.column) < unsigned(window.width);
+        const long long line = (long long)(window.batch - copies.images_left) * window.height + row;
+        const T* const source =
+            x + (line * window.width + column) * window.channels + first_channel + channel + pixel.element;
+        copy_async<CHUNK_BYTES>(copies.stage + grad_bytes() + pixel.byte + channel * sizeof(T), valid ? source : x,
+                                valid);
     }
 
     // ---- multiplying ----
@@ -207,16 +226,16 @@ struct WindowTile {
         }
     }
 
-    DEVICE void multiply(const unsigned char* stage, const int (&offsets)[LOADS]) {
+    // Add the products of DEPTH pixels from `pixel` on.
+    DEVICE void multiply(const unsigned char* stage, int pixel, const int (&offsets)[LOADS]) {
         if (!group_exists(group_number(0))) return;  // the same for all lanes
-        const unsigned char* const x = stage + grad_bytes;
-        for (int pixel = 0; pixel < padded_pixels; pixel += DEPTH) {
-            if constexpr (sizeof(T) == 2) {
-                multiply_halves(stage + pixel * GRAD_PITCH, x + targets[pixel + lane() % 16].byte, offsets);
-            } else {
-                multiply_floats(stage + pixel * GRAD_PITCH, x + targets[pixel + lane() % 4].byte,
-                                x + targets[pixel + 4 + lane() % 4].byte, offsets);
-            }
+        const unsigned char* const grad = stage + pixel * GRAD_PITCH;
+        const unsigned char* const x = stage + grad_bytes();
+        if constexpr (sizeof(T) == 2) {
+            multiply_halves(grad, x + targets()[pixel + lane() % 16].byte, offsets);
+        } else {
+            multiply_floats(grad, x + targets()[pixel + lane() % 4].byte, x + targets()[pixel + 4 + lane() % 4].byte,
+                            offsets);
         }
     }
 
@@ -295,6 +314,8 @@ struct WindowTile {
     }
 };
 
+constexpr int COPIES_AT_ONCE = 3;
+
 // The grid is (row blocks x channel blocks x tap blocks, slices); partials are (slices, out_channels, taps,
 // channels).
 template <typename T, int CHANNELS, int GROUPS>
@@ -310,20 +331,26 @@ window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* _
     const int first = int(blockIdx.y) * window.slice_patches;
     const int end = min(first + window.slice_patches, window.patches);
     unsigned char* reading = tile.shared;
-    unsigned char* other = tile.shared + tile.stage_bytes;
-    tile.copy(first, reading, grad, x);
-    commit_copies();
-    if (first + 1 < end) tile.copy(first + 1, other, grad, x);
-    commit_copies();
+    unsigned char* writing = tile.shared + window.stage_bytes;
+    auto copies = tile.copies_of(first, reading);
+    while (tile.copy_next(copies, grad, x)) {}
     for (int patch = first; patch < end; ++patch) {
-        wait_copies<1>();
-        __syncthreads();
-        tile.multiply(reading, offsets);
-        __syncthreads();
-        if (patch + 2 < end) tile.copy(patch + 2, reading, grad, x);
         commit_copies();
-        unsigned char* const next = other;
-        other = reading;
+        wait_copies<0>();
+        __syncthreads();  // the patch has landed, and nobody reads the one before any more
+        copies = tile.copies_of(patch + 1, writing);
+        for (int pixel = 0; pixel < window.padded_pixels; pixel += tile.DEPTH) {
+            if (patch + 1 < end) {  // early, a few at a time: they need no time of their own
+#pragma unroll 1
+                for (int i = 0; i < COPIES_AT_ONCE; ++i) tile.copy_next(copies, grad, x);
+            }
+            tile.multiply(reading, pixel, offsets);
+        }
+        if (patch + 1 < end) {
+            while (tile.copy_next(copies, grad, x)) {}
+        }
+        unsigned char* const next = writing;
+        writing = reading;
         reading = next;
     }
     tile.store(partials + (long long)blockIdx.y * window.out_channels * window.taps * window.channels);

@@ -74,6 +74,7 @@ _WINDOW_FIELDS = (
     *("kernel_width", "taps", "stride_y", "stride_x", "padding_y", "padding_x"),
     *("dilation_y", "dilation_x", "images", "rows", "columns"),
     *("row_blocks", "column_blocks", "patches", "source_rows", "source_columns"),
+    *("padded_pixels", "source_pixels", "stage_bytes"),
     *("phase_pitch", "row_pitch", "image_pitch", "slice_patches"),
 )
 _GATHER_FIELDS = (
@@ -241,6 +242,9 @@ class _Window(NamedTuple):
     columns: int
     source_rows: int
     source_columns: int
+    padded_pixels: int
+    source_pixels: int
+    stage_bytes: int
     phase_pitch: int
     row_pitch: int
     image_pitch: int
@@ -315,6 +319,7 @@ def _patch(
     return _Window(
         tile,
         *(images, rows, columns, source_rows, source_columns),
+        *(padded, sources, stage),
         *(phase_pitch, row_pitch, image_pitch, shared_bytes, beside),
         patches * (max(operations, loads) + PATCH_NANOSECONDS * (beside == 1)),
     )
@@ -340,8 +345,8 @@ def _window_plan(window: _Window, geometry: Conv2dGeometry) -> _Plan:
     outputs, channels, height, width = geometry.weight_shape
     size = outputs * height * width * channels
     share = slices.plan(patches, 1, 2, blocks, window.beside, size)
-    names = ("images", "rows", "columns", "source_rows", "source_columns")
-    names += ("phase_pitch", "row_pitch", "image_pitch")
+    names = ("images", "rows", "columns", "source_rows", "source_columns", "padded_pixels")
+    names += ("source_pixels", "stage_bytes", "phase_pitch", "row_pitch", "image_pitch")
     record = _record(
         _WINDOW_FIELDS,
         geometry,
