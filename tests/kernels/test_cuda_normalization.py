@@ -37,8 +37,8 @@ def channels(vector):
 
 def exact(x, weight, bias, residual):
     """Give batch norm plus residual in float64, and its mean and variance."""
-    arrays = (array.astype(np.float64) for array in (x, weight, bias))
-    out, mean, variance = reference.batch_norm(*arrays, EPS)
+    x, weight, bias = (array.astype(np.float64) for array in (x, weight, bias))
+    out, mean, variance = reference.batch_norm(x, weight, bias, EPS)
     return out + residual.astype(np.float64), mean, variance
 
 
@@ -157,8 +157,10 @@ def test_arrays_that_begin_between_packs(cuda_place, rng):
     results = kernels.batch_norm_act(
         *(x, cuda_place.give(weight), cuda_place.give(bias), residual, True, EPS)
     )
-    given = map(cuda_place.give, (weight, *expected[1:3]))
-    grads = kernels.batch_norm_act_grad(grad, x, *results[::3], *given, True, True)
+    weight, mean, inv_std = map(cuda_place.give, (weight, *expected[1:3]))
+    grads = kernels.batch_norm_act_grad(
+        *(grad, x, results[0], results[3], weight, mean, inv_std), relu=True, wants_residual=True
+    )
     for got, wanted in zip((*results, *grads), (*expected, *expected_grads), strict=True):
         np.testing.assert_array_equal(cuda_place.take(got), wanted)
 
@@ -170,8 +172,11 @@ def test_every_schedule_gives_the_same_bits(name, emulated_cuda, rng):
     for order in ORDERS:
         with emulated_cuda.scheduled(Schedule(order)):
             results = kernels.batch_norm_act(x, weight, bias, residual, True, EPS)
-            arguments = (grad, x, *results[::3], weight, *results[1:3], True, True)
-            found.append((*results, *kernels.batch_norm_act_grad(*arguments)))
+            out, mean, inv_std, passed = results
+            grads = kernels.batch_norm_act_grad(
+                *(grad, x, out, passed, weight, mean, inv_std), relu=True, wants_residual=True
+            )
+            found.append((*results, *grads))
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             np.testing.assert_array_equal(one, two)
@@ -186,8 +191,10 @@ def test_any_number_of_blocks(multiprocessors, emulated_cuda, rng):
     expected, mean, variance = exact(x, weight, bias, residual)
     assert_rounded(results[0], np.maximum(expected, 0), FLOAT32)
     inv_std = 1 / np.sqrt(variance + EPS)
-    arguments = (grad, x, *results[::3], weight, *results[1:3], True, False)
-    grads = kernels.batch_norm_act_grad(*arguments)
+    out, found_mean, found_inv_std, passed = results
+    grads = kernels.batch_norm_act_grad(
+        *(grad, x, out, passed, weight, found_mean, found_inv_std), relu=True, wants_residual=False
+    )
     expected_grads = exact_grad(np.where(results[0] == 0, 0, grad), x, weight, mean, inv_std)
     for got, wanted in zip(grads[:3], expected_grads, strict=True):
         assert_rounded(got, wanted, FLOAT32)

@@ -161,7 +161,9 @@ def test_arrays_that_do_not_fit_are_refused():
     with pytest.raises(
         ValueError, match=r"batch_norm_act_grad: grad must .* got grad\.shape=\(2, 3, 2\)"
     ):
-        kernels.batch_norm_act_grad(x[..., 0], x, None, None, *[vector] * 3, False, False)
+        kernels.batch_norm_act_grad(
+            x[..., 0], x, None, None, *(vector, vector, vector), False, False
+        )
     with pytest.raises(
         ValueError, match=r"batch_norm_act_grad: mean must .*; got mean\.shape=\(4,\)"
     ):

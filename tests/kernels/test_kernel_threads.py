@@ -30,6 +30,7 @@ def every_result():
     pool = pool2d_geometry("pool", x.shape, 3, 2, 1)
     out = kernels.conv2d(x, weight, None, convolution)
     pooled, indices = kernels.max_pool2d(x, pool)
+    normal, mean, inv_std, passed = kernels.batch_norm_act(x, vector, vector, x, True, 1e-5)
     return [
         out,
         kernels.conv2d_grad_input(out, weight, convolution),
@@ -38,8 +39,10 @@ def every_result():
         kernels.max_pool2d_scatter(pooled, indices, pool),
         kernels.avg_pool2d(x, pool),
         kernels.avg_pool2d_grad(pooled, pool),
-        *kernels.batch_norm_act(x, vector, vector, x, True, 1e-5),
-        *kernels.batch_norm_act_grad(x, x, x, vector, vector, vector, True, True),
+        *(normal, mean, inv_std),
+        *kernels.batch_norm_act_grad(
+            *(x, x, normal, passed), *(vector, mean, inv_std), relu=True, wants_residual=True
+        ),
         kernels.erf(x),
     ]
 
