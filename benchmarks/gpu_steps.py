@@ -22,15 +22,16 @@ FORWARD_FLOP = 3.63e9
 TRAINING_FLOP = 3 * FORWARD_FLOP - 0.236e9
 OPTIONS = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 
-EAGER, CAPTURED = "eager", "captured"
+# "nchw" is PyTorch's other memory layout, eager: its algorithms take seconds to be chosen anew.
+EAGER, NCHW, CAPTURED = "eager", "nchw", "captured"
 COMPILED = {
     "compile": "default",
     "reduce-overhead": "reduce-overhead",
     "max-autotune": "max-autotune",
 }
-PEERS = (EAGER, CAPTURED, *COMPILED)
-# What each peer adds to a row's importance: the slow compilations come last.
-LATER = {EAGER: 0, CAPTURED: 0, "compile": 3, "reduce-overhead": 2, "max-autotune": 8}
+PEERS = (EAGER, NCHW, CAPTURED, *COMPILED)
+# What each adds to its rows' importance: the slow compilations come last.
+LATER = {"compile": 3, "reduce-overhead": 2, "max-autotune": 8}
 
 Make = Callable[[Any, Any, Any, Any, Callable[[], AbstractContextManager[Any]], Any], Run]
 
@@ -250,11 +251,9 @@ def _quick_peers(work: Workload, peers: list[str]) -> list[Contestant]:
     """Return PyTorch's contestants that are not compiled."""
     found = []
     if EAGER in peers:
-        found += [
-            work.theirs("nhwc", "bf16"),
-            work.theirs("nhwc", "tf32"),
-            work.theirs("nchw", "tf32"),
-        ]
+        found += [work.theirs("nhwc", "bf16"), work.theirs("nhwc", "tf32")]
+    if NCHW in peers:
+        found.append(work.theirs("nchw", "tf32"))
     if CAPTURED in peers:
         found += [work.theirs("nhwc", precision, CAPTURED) for precision in ("bf16", "tf32")]
     return found

@@ -475,7 +475,7 @@ def test_our_kernels_in_rows_of_bfloat16_run_emulated(
 @pytest.mark.parametrize("group", ["training", "frozen", "forward"])
 def test_rows_of_steps_run(group: str, tmp_path: Path, capsys):
     pytest.importorskip("torch")
-    results, log = rehearsed(tmp_path, "--only", group, "--batches", "2", "--peers", "eager")
+    results, log = rehearsed(tmp_path, "--only", group, "--batches", "2", "--peers", "eager,nchw")
     (row,) = results["rows"]
     assert log == ""
     assert list(row["contestants"]) == [
