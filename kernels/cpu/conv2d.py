@@ -58,13 +58,18 @@ def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> _Packed:
     return _Packed(algorithm, algorithm.pack(kernel_input(weight), geometry))
 
 
-def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
+def conv2d_grad_input(
+    grad: Array, weight: Array, geometry: Conv2dGeometry, onto: Array | None = None
+) -> Array:
     shape = (geometry.batch, geometry.height, geometry.width, geometry.in_channels)
     out = np.empty(shape, grad.dtype)
     if geometry.batch:
         algorithm = _algorithm(geometry, grad.dtype)
         algorithm.grad_input(kernel_input(grad), kernel_input(weight), out, geometry)
-    return from_nhwc(out)
+    out = from_nhwc(out)
+    if onto is not None:
+        out += onto
+    return out
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:

@@ -64,12 +64,11 @@ struct GradientProblem {
 
 // ---- rows of the tile: pixels ------------------------------------------------------------------------------
 
-// Of a target pixel: the source element at its first tap, the taps that fall inside of the source (bit a: lines,
-// bit 16 + b: columns), and the target element, -1 past the last pixel.
-struct Row {
+// Of a target pixel: the source element at its first tap, and the taps that fall inside of the source (bit a:
+// lines, bit 16 + b: columns).
+struct alignas(8) Row {
     int source;
     uint32_t taps;
-    int target;
 };
 
 constexpr int MAXIMUM_TAPS = 15;  // along an axis: bit 15 says that a tap does not exist
@@ -80,30 +79,33 @@ DEVICE uint32_t taps_inside(int position, int step, int taps, int size) {
     return inside;
 }
 
-DEVICE Row make_row(const Problem& problem, const Part& part, int pixel) {
-    if (pixel >= part.pixels) return {0, 0, -1};
-    const int image = divide(pixel, part.plane);
-    const int rest = pixel - image * part.plane.divisor;
-    const int i = divide(rest, part.line);
-    const int j = rest - i * part.line.divisor;
-    const int y = i * problem.scale_y + part.origin_y;
-    const int x = j * problem.scale_x + part.origin_x;
-    Row row;
-    row.source = ((image * problem.height + y) * problem.width + x) * problem.pixel;
-    row.taps = taps_inside(y, problem.step_y, part.taps_y, problem.height) |
-               taps_inside(x, problem.step_x, part.taps_x, problem.width) << 16;
-    row.target = part.first_target + image * problem.target_plane + i * problem.target_line + j * problem.target_pixel;
-    return row;
-}
+// What the threads of a block look up about the rows of its tile, in shared memory.
+template <int ROWS>
+struct RowTable {
+    Row rows[ROWS];
+    int targets[ROWS];  // the target element, -1 past the last pixel
 
-// Fill the table of the block's rows.
-template <typename Tile>
-DEVICE void make_rows(Row* rows, const Problem& problem, const Part& part, int block) {
-    for (int row = threadIdx.x; row < Tile::ROWS; row += Tile::THREADS) {
-        rows[row] = make_row(problem, part, block * Tile::ROWS + row);
+    // Fill the table for the pixels from first_pixel on.
+    DEVICE void fill(const Problem& problem, const Part& part, int first_pixel) {
+        for (int row = threadIdx.x; row < ROWS; row += blockDim.x) {
+            const int pixel = first_pixel + row;
+            const int image = divide(pixel, part.plane);
+            const int rest = pixel - image * part.plane.divisor;
+            const int i = divide(rest, part.line);
+            const int j = rest - i * part.line.divisor;
+            const int y = i * problem.scale_y + part.origin_y;
+            const int x = j * problem.scale_x + part.origin_x;
+            const uint32_t taps = taps_inside(y, problem.step_y, part.taps_y, problem.height) |
+                                  taps_inside(x, problem.step_x, part.taps_x, problem.width) << 16;
+            const bool exists = pixel < part.pixels;
+            rows[row] = {((image * problem.height + y) * problem.width + x) * problem.pixel, exists ? taps : 0};
+            targets[row] = exists ? part.first_target + image * problem.target_plane + i * problem.target_line +
+                                        j * problem.target_pixel
+                                  : -1;
+        }
+        __syncthreads();
     }
-    __syncthreads();
-}
+};
 
 // ---- loaders ----------------------------------------------------------------------------------------------
 
@@ -111,20 +113,16 @@ DEVICE void make_rows(Row* rows, const Problem& problem, const Part& part, int b
 template <typename Slab>
 struct PixelLoader {
     typedef typename Slab::T T;
-    const T* source;
-    int offsets[Slab::COUNT];
-    uint32_t taps[Slab::COUNT];
+    static constexpr int READ_AHEAD = Slab::COUNT < 4 ? Slab::COUNT : 4;
+    const T* const source;
+    const Row* const rows;
     int a = 0, b = 0, channel;  // where this thread's chunk of the next slab starts
+    const T* tap;               // the same in the source, less what row it is
     const Problem& problem;
     const Part& part;
 
     DEVICE PixelLoader(const T* source, const Row* rows, const Problem& problem, const Part& part)
-        : source(source), problem(problem), part(part) {
-#pragma unroll
-        for (int i = 0; i < Slab::COUNT; ++i) {
-            offsets[i] = rows[Slab::row(i)].source;
-            taps[i] = rows[Slab::row(i)].taps;
-        }
+        : source(source), rows(rows), problem(problem), part(part) {
         channel = Slab::chunk() * CHUNK<T>;
         while (channel >= problem.padded_channels) {
             channel -= problem.padded_channels;
@@ -133,16 +131,22 @@ struct PixelLoader {
                 ++a;
             }
         }
+        find_tap();
     }
 
     DEVICE void copy(unsigned char* slab) {
         const int line = channel < problem.channels && a < MAXIMUM_TAPS ? a : MAXIMUM_TAPS;
         const uint32_t needed = 1u << line | 0x10000u << b;
-        const T* const tap =
-            source + ((a * problem.step_y * problem.width + b * problem.step_x) * problem.pixel + channel);
 #pragma unroll
-        for (int i = 0; i < Slab::COUNT; ++i) {
-            copy_async<CHUNK_BYTES>(Slab::destination(slab, i), tap + offsets[i], (taps[i] & needed) == needed);
+        for (int first = 0; first < Slab::COUNT; first += READ_AHEAD) {
+            Row read[READ_AHEAD];
+#pragma unroll
+            for (int i = 0; i < READ_AHEAD; ++i) read[i] = rows[Slab::row(first + i)];
+#pragma unroll
+            for (int i = 0; i < READ_AHEAD; ++i) {
+                const bool inside = (read[i].taps & needed) == needed;
+                copy_async<CHUNK_BYTES>(Slab::destination(slab, first + i), tap + read[i].source, inside);
+            }
         }
         channel += part.advance_channels;
         b += part.advance_x;
@@ -155,6 +159,12 @@ struct PixelLoader {
             b -= part.taps_x;
             ++a;
         }
+        find_tap();
+    }
+
+private:
+    DEVICE void find_tap() {
+        tap = source + ((a * problem.step_y * problem.width + b * problem.step_x) * problem.pixel + channel);
     }
 };
 
@@ -163,26 +173,23 @@ template <typename Slab>
 struct TapLoader {
     typedef typename Slab::T T;
     MatrixLoader<Slab> matrix;  // of one tap
-    const T* tap;
-    int b = 0, slabs_left;
+    int b = 0;
     const Problem& problem;
     const Part& part;
 
     DEVICE TapLoader(const T* weight, int first_column, const Problem& problem, const Part& part)
-        : matrix(weight, first_column, problem.columns, problem.weight_line, problem.channels),
-          tap(matrix.address), slabs_left(problem.padded_channels / SLAB_DEPTH<T>), problem(problem), part(part) {}
+        : matrix(weight, first_column, problem.columns, problem.weight_line, problem.channels), problem(problem),
+          part(part) {}
 
     DEVICE void copy(unsigned char* slab) {
         matrix.copy(slab);
-        if (--slabs_left > 0) return;
-        slabs_left = problem.padded_channels / SLAB_DEPTH<T>;
-        tap += problem.weight_step_x;
+        if (matrix.depth_left + Slab::depth(0) > 0) return;  // of the tap, the same in all threads
+        matrix.depth_left += problem.padded_channels;
+        matrix.address += problem.weight_step_x - (long long)problem.padded_channels * problem.weight_line;
         if (++b == part.taps_x) {
             b = 0;
-            tap += problem.weight_step_y - part.taps_x * problem.weight_step_x;
+            matrix.address += problem.weight_step_y - part.taps_x * problem.weight_step_x;
         }
-        matrix.address = tap;
-        matrix.depth_left = problem.channels - Slab::depth(0);
     }
 };
 
@@ -297,6 +304,9 @@ DEVICE Moments column_moments(const Tile& tile, Moments* shared, int rows) {
     return merged;
 }
 
+// Blocks of 128 threads that a multiprocessor holds at a time, by the sums of one warp: their registers fit.
+template <int SUMS> constexpr int RESIDENT_BLOCKS = SUMS == 64 * 64 ? 2 : SUMS == 64 * 32 ? 3 : 4;
+
 // ---- kernels ----------------------------------------------------------------------------------------------
 
 // Where a block works: column blocks follow one another, so that those of the same pixels run together.
@@ -314,7 +324,8 @@ struct Place {
 // MOMENTS: each block writes mean and deviations of its pixels, by channel, to partials (row blocks, 2, K), of
 // the sums before bias, residual, relu and rounding to T.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, bool MOMENTS>
-__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
+__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
+                                  RESIDENT_BLOCKS<WARP_ROWS * WARP_COLUMNS>)
 conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void* __restrict__ bias,
                long long bias_is_float, const T* __restrict__ residual, long long relu, T* __restrict__ out,
                float* __restrict__ partials, const __grid_constant__ ForwardProblem given) {
@@ -322,12 +333,12 @@ conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void
     const Problem& problem = given.problem;
     const Part& part = given.part;
     unsigned char* const shared = dynamic_shared_memory<unsigned char>();
-    Row* const rows = reinterpret_cast<Row*>(shared + ConvTile::SHARED_BYTES);
+    RowTable<ROWS>& table = *reinterpret_cast<RowTable<ROWS>*>(shared + ConvTile::SHARED_BYTES);
     const Place<ConvTile> place(problem);
-    make_rows<ConvTile>(rows, problem, part, place.row_block);
+    table.fill(problem, part, place.row_block * ROWS);
 
     const int first_channel = place.group * problem.columns;  // of the group
-    PixelLoader<typename ConvTile::SlabA> pixels(x + place.group * problem.channels, rows, problem, part);
+    PixelLoader<typename ConvTile::SlabA> pixels(x + place.group * problem.channels, table.rows, problem, part);
     MatrixLoader<typename ConvTile::SlabB> weights(weight + (long long)first_channel * problem.weight_depth,
                                                    place.first_column, problem.columns, problem.weight_depth,
                                                    problem.weight_depth);
@@ -345,7 +356,7 @@ conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void
             shift[v] = given ? read_bias<T>(bias, bias_is_float, first_channel + column + v) : 0.0f;
         }
         tile.for_each_run(block, [&](int row, float(&values)[8]) {
-            const int pixel = rows[row].target;
+            const int pixel = table.targets[row];
             if (pixel < 0) return;
             const int target = pixel + first_channel + column;
 #pragma unroll
@@ -370,22 +381,23 @@ conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void
     }
 }
 
-// The gradient of the above by x, (N, H, W, C), for grad (N, P, Q, K).
+// out (N, H, W, C) = the gradient of the above by x, for grad (N, P, Q, K), + onto (N, H, W, C), null or given.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES>
-__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32)
-conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* __restrict__ out,
-                  const __grid_constant__ GradientProblem given) {
+__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
+                                  RESIDENT_BLOCKS<WARP_ROWS * WARP_COLUMNS>)
+conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, const T* __restrict__ onto,
+                  T* __restrict__ out, const __grid_constant__ GradientProblem given) {
     typedef Tile<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE, Layout::CROSSWISE> ConvTile;
     const Problem& problem = given.problem;
     unsigned char* const shared = dynamic_shared_memory<unsigned char>();
-    Row* const rows = reinterpret_cast<Row*>(shared + ConvTile::SHARED_BYTES);
+    RowTable<ROWS>& table = *reinterpret_cast<RowTable<ROWS>*>(shared + ConvTile::SHARED_BYTES);
     const Place<ConvTile> place(problem);
     int number = 0;
     while (number + 1 < given.parts && place.row_block >= given.part[number + 1].first_block) ++number;
     const Part& part = given.part[number];
-    make_rows<ConvTile>(rows, problem, part, place.row_block - part.first_block);
+    table.fill(problem, part, (place.row_block - part.first_block) * ROWS);
 
-    PixelLoader<typename ConvTile::SlabA> pixels(grad + place.group * problem.channels, rows, problem, part);
+    PixelLoader<typename ConvTile::SlabA> pixels(grad + place.group * problem.channels, table.rows, problem, part);
     TapLoader<typename ConvTile::SlabB> weights(
         weight + (long long)place.group * problem.channels * problem.weight_line + part.first_tap,
         place.first_column, problem, part);
@@ -396,9 +408,11 @@ conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, T* _
     for (int block = 0; block < ConvTile::BLOCKS; ++block) {
         const int column = place.first_column + ConvTile::column_of(block);
         tile.for_each_run(block, [&](int row, float(&values)[8]) {
-            const int pixel = rows[row].target;
+            const int pixel = table.targets[row];
             if (pixel < 0) return;
-            store_run(out + (pixel + place.group * problem.columns + column), values, problem.columns - column);
+            const int target = pixel + place.group * problem.columns + column;
+            if (onto) add_run(values, onto + target, problem.columns - column);
+            store_run(out + target, values, problem.columns - column);
         });
     }
 }
@@ -431,6 +445,7 @@ DEVICE Sums sum_of_column(Sums own) {
 DEVICE Sums sum_of_blocks(const float* partials, int channel, int channels, int first, int last, int rows_per_block,
                           long long rows) {
     Sums sums = {0, 0};
+#pragma unroll 4
     for (int block = first + threadIdx.y; block < last; block += MERGE_ROWS) {
         const long long left = rows - (long long)block * rows_per_block;
         const double count = left < rows_per_block ? double(left) : double(rows_per_block);

@@ -16,9 +16,10 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels import settings
-from gradengine.kernels.cuda import conv2d_plain
+from gradengine.kernels.cuda import conv2d_plain, conv2d_weight
 from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
 from gradengine.kernels.cuda.layout import channels_last
+from gradengine.kernels.cuda.tiles import CHUNK_BYTES, SLAB_BYTES, TensorTile, covering
 from gradengine.kernels.geometry import CACHED_GEOMETRIES, Conv2dGeometry
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 
 SOURCE = "conv2d.cu"
 
-CHUNK_BYTES = 16  # of tile.cuh, as SLAB_BYTES
-SLAB_BYTES = 128
-ROW_BYTES = 12  # struct Row
+ROW_BYTES = 12  # of a RowTable
 MAXIMUM_TAPS = 15  # of conv2d.cu, as MAXIMUM_PARTS
 MAXIMUM_PARTS = 16
 MAXIMUM_ELEMENTS = 1 << 31  # of an array: offsets in it are of 32 bits
@@ -65,30 +64,18 @@ _GRADIENT = np.dtype(
 )
 
 
-class Tile(NamedTuple):
-    """Sizes of a block's tile and of one warp's part, and how many slabs wait in shared memory."""
-
-    rows: int
-    columns: int
-    warp_rows: int
-    warp_columns: int
-    stages: int
-
-    @property
-    def threads(self) -> int:
-        return 32 * (self.rows // self.warp_rows) * (self.columns // self.warp_columns)
-
-    @property
-    def shared_bytes(self) -> int:
-        return self.stages * (self.rows + self.columns) * SLAB_BYTES + self.rows * ROW_BYTES
-
-
 # Each with its share of the tensor cores' peak: smaller tiles load more for each product.
 TILES = {
-    Tile(128, 128, 64, 64, 3): 1.0,
-    Tile(128, 64, 64, 32, 3): 0.8,
-    Tile(64, 64, 32, 32, 4): 0.6,
+    TensorTile(128, 128, 64, 64, 3): 1.0,
+    TensorTile(256, 64, 64, 64, 2): 0.9,
+    TensorTile(128, 64, 64, 32, 3): 0.75,
+    TensorTile(64, 64, 32, 32, 4): 0.6,
 }
+
+
+def shared_bytes(tile: TensorTile) -> int:
+    """Return the size of a tile's stages and its table of rows."""
+    return tile.shared_bytes + tile.rows * ROW_BYTES
 
 
 def _instances() -> Iterator[str]:
@@ -99,7 +86,7 @@ def _instances() -> Iterator[str]:
             yield f"conv2d_grad_input<{_parameters(element, tile)}>"
 
 
-def _parameters(element: str, tile: Tile) -> str:
+def _parameters(element: str, tile: TensorTile) -> str:
     return ", ".join((element, *map(str, tile)))
 
 
@@ -148,23 +135,30 @@ def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> PreparedWeight:
     return PreparedWeight(prepared.data.copy(), prepared.tensor_cores)
 
 
-def conv2d_grad_input(grad: Array, weight: Array, geometry: Conv2dGeometry) -> Array:
+def conv2d_grad_input(
+    grad: Array, weight: Array, geometry: Conv2dGeometry, onto: Array | None = None
+) -> Array:
     if not _suits_grad_input(geometry, grad.dtype):
-        return conv2d_plain.grad_input(grad, weight, geometry)
+        out = conv2d_plain.grad_input(grad, weight, geometry)
+        if onto is not None:
+            out += onto
+        return out
     grad, weight = _aligned(to_nhwc(grad)), _aligned(to_nhwc(weight))
+    onto = None if onto is None else _aligned(to_nhwc(onto))
     batch, channels, height, width = geometry.input_shape
     out = array_module(grad).empty((batch, height, width, channels), grad.dtype)
     for images in _image_slices(geometry):
         part = geometry._replace(batch=images.stop - images.start)
-        plan = _grad_input_plan(part, grad.itemsize, device_limits())
-        run = kernel(SOURCE, f"conv2d_grad_input<{_parameters(c_name(grad.dtype), plan.tile)}>")
-        arguments = (grad[images], weight, out[images], plan.record)
-        run(plan.grid, (plan.tile.threads,), arguments, plan.tile.shared_bytes)
+        tile, grid, _, record = _grad_input_plan(part, grad.itemsize, device_limits())
+        run = kernel(SOURCE, f"conv2d_grad_input<{_parameters(c_name(grad.dtype), tile)}>")
+        added = None if onto is None else onto[images]
+        arguments = (grad[images], weight, added, out[images], record)
+        run(grid, (tile.threads,), arguments, shared_bytes(tile))
     return from_nhwc(out)
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
-    return conv2d_plain.grad_weight(grad, x, geometry)
+    return conv2d_weight.grad_weight(grad, x, geometry)
 
 
 # ---- forward ------------------------------------------------------------------------------------
@@ -253,7 +247,7 @@ def _launch_forward(
     bias_is_float = bias is not None and bias.dtype == np.float32
     arguments = (x, weight, bias, int(bias_is_float), residual, int(relu), out, partials)
     tile = plan.tile
-    kernel(SOURCE, name)(plan.grid, (tile.threads,), (*arguments, plan.record), tile.shared_bytes)
+    kernel(SOURCE, name)(plan.grid, (tile.threads,), (*arguments, plan.record), shared_bytes(tile))
 
 
 def _aligned(array: Array) -> Array:
@@ -382,20 +376,20 @@ def _image_slices(geometry: Conv2dGeometry) -> Iterator[slice]:
 class _Plan(NamedTuple):
     """How a geometry is launched."""
 
-    tile: Tile
+    tile: TensorTile
     grid: tuple[int, int]
     row_blocks: int
     record: np.ndarray  # 0-d: the struct that the kernel takes
 
 
-def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> Tile:
+def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> TensorTile:
     """Choose the tile whose blocks, shared by the multiprocessors, take the least time."""
 
-    def time(tile: Tile) -> float:
-        blocks = -(-rows // tile.rows) * -(-columns // tile.columns) * groups
+    def time(tile: TensorTile) -> float:
+        blocks = covering(tile, rows, columns) * groups
         return -(-blocks // limits.multiprocessors) * tile.rows * tile.columns / TILES[tile]
 
-    return min((tile for tile in TILES if tile.shared_bytes <= limits.shared_bytes), key=time)
+    return min((tile for tile in TILES if shared_bytes(tile) <= limits.shared_bytes), key=time)
 
 
 @lru_cache(CACHED_GEOMETRIES)

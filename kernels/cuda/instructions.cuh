@@ -103,11 +103,11 @@ DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
 // ---- tensor cores: d = a * b + d, a 16 x K by rows, b K x 8 by columns, d 16 x 8 in float32 -------------
 // With g = lane / 4 and t = lane % 4, d[0..3] are d(g, 2t), d(g, 2t + 1), d(g + 8, 2t), d(g + 8, 2t + 1).
 
-// The tensor core drops the low 13 bits of a float32: adding half of their range first rounds to nearest. It
-// would make the NaN that the GPU's own arithmetic gives, all ones, a zero: what is not finite stays.
-DEVICE uint32_t round_to_tf32(uint32_t bits) {
-    return fabsf(__uint_as_float(bits)) < __uint_as_float(0x7f800000u) ? bits + 0x1000u : bits;
-}
+// The tensor core drops the low 13 bits of a float32. Growing it first by the share that this loses on average
+// leaves what fits into tf32 as it is, and takes the bias from the rest: errors are within 3/4 of a unit in the
+// last place, their root mean square is 6% above that of rounding to nearest. It costs one multiplication. (Adding half
+// a unit to the bits would make a zero of the NaN that the GPU's own arithmetic gives, all ones.)
+DEVICE uint32_t round_to_tf32(uint32_t bits) { return __float_as_uint(__uint_as_float(bits) * 1.00035f); }
 
 // K = 8: a = a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4); b = b(t, g), b(t + 4, g). From sm_80 on.
 DEVICE void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -61,26 +61,28 @@ struct Slab {
     static constexpr int COUNT = LINES / STEP;
     static constexpr int PANEL = SLAB_BYTES / sizeof(T);  // lines side by side in a row, CROSSWISE
     static_assert(LINES % STEP == 0 && LINES % PANEL == 0 && STEP % 8 == 0);
+    static_assert((STEP & (STEP - 1)) == 0 && SLAB_DEPTH<T> % STEP == 0);
 
     static DEVICE int chunk() { return threadIdx.x % 8; }
     static DEVICE int row(int i) { return threadIdx.x / 8 + i * STEP; }
 
     // DEPTHWISE. Interleaved, 32 lines are dealt to 4 groups of 8 rows in turn: a thread's sums then belong to
-    // neighbouring columns (see Tile::for_each_run).
+    // neighbouring columns (see Tile::get_run).
     static DEVICE int line_of_row(int row) {
         return INTERLEAVED ? row / 32 * 32 + row % 8 * 4 + row / 8 % 4 : row;
     }
 
-    // The line of the thread's copy i, CROSSWISE the first of its chunk.
+    // The line of the thread's copy i, CROSSWISE the first of its chunk. Written as a sum of what depends on the
+    // thread and what depends on i: row(0) < STEP, a power of two, so each has bits of its own.
     static DEVICE int line(int i) {
-        if constexpr (LAYOUT == Layout::DEPTHWISE) return line_of_row(row(i));
-        return row(i) / SLAB_DEPTH<T> * PANEL + chunk() * CHUNK<T>;
+        if constexpr (LAYOUT == Layout::DEPTHWISE) return line_of_row(row(0)) + line_of_row(i * STEP);
+        return chunk() * CHUNK<T> + i * STEP / SLAB_DEPTH<T> * PANEL;
     }
 
     // The depth at which the thread's copy i starts.
     static DEVICE int depth(int i) {
         if constexpr (LAYOUT == Layout::DEPTHWISE) return chunk() * CHUNK<T>;
-        return row(i) % SLAB_DEPTH<T>;
+        return row(0) + i * STEP % SLAB_DEPTH<T>;
     }
 
     // Chunks change places within their row so that no two threads of a load meet in a bank: eight rows one

@@ -7,7 +7,8 @@ from gradengine.kernels import pack_conv2d, settings
 from gradengine.kernels.cuda import conv2d, launch
 from gradengine.kernels.cuda.conv2d import TILES
 from gradengine.kernels.geometry import conv2d_geometry
-from tests.emulator.emulator import Schedule
+from tests.emulator.fixtures import SCHEDULES
+from tests.kernels.conftest import Place
 from tests.kernels.memory import laid_out
 from tests.kernels.tap_sums import convolution_passes
 
@@ -67,12 +68,19 @@ def check(got, expected, dtype):
     assert error <= TOLERANCES[dtype] * np.linalg.norm(expected)  # false for NaN
 
 
-def check_forward(geometry, x, weight, bias=None):
+def run(place, function, *arguments, **options):
+    """Call a function of conv2d with arrays of the place; give its results as NumPy's."""
+    options = {key: place.give(value) for key, value in options.items()}
+    results = function(*map(place.give, arguments), **options)
+    return tuple(map(place.take, results)) if isinstance(results, tuple) else place.take(results)
+
+
+def check_forward(place, geometry, x, weight, bias=None):
     """Check a convolution with moments; give it back with its exact value."""
     expected = convolution_passes(x, weight, np.zeros(geometry.output_shape), geometry)[0]
     if bias is not None:
         expected += bias[:, None, None].astype(np.float64)
-    out, mean, variance = conv2d.conv2d_moments(x, weight, bias, geometry)
+    out, mean, variance = run(place, conv2d.conv2d_moments, x, weight, bias, geometry)
     check(out, expected, x.dtype)
     assert mean.dtype == variance.dtype == np.float64
     deviation = expected.std(axis=(0, 2, 3))
@@ -82,26 +90,35 @@ def check_forward(geometry, x, weight, bias=None):
     return out, expected
 
 
-def used_kernels(emulator):
-    return {name.partition("<")[0] for _, name in emulator.loaded}
+def check_grad_input(place, geometry, x, weight, grad):
+    _, expected, _ = convolution_passes(x, weight, grad, geometry)
+    check(run(place, conv2d.conv2d_grad_input, grad, weight, geometry), expected, x.dtype)
+
+
+def used_kernels():
+    """Give the names of the convolution's kernels that were launched."""
+    return {name for _, source, name in launch._kernels if source == conv2d.SOURCE}
+
+
+def kinds():
+    return {name.partition("<")[0] for name in used_kernels()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *FILLED_CASES])
-def test_forward_and_moments(case, dtype, emulated_cuda, rng):
+def test_forward_and_moments(case, dtype, cuda_place, rng):
     geometry, x, weight, _ = drawn((CASES | FILLED_CASES)[case], rng, dtype)
-    out, _ = check_forward(geometry, x, weight)
-    assert used_kernels(emulated_cuda) >= {"conv2d_forward", "merge_moments"}
-    np.testing.assert_array_equal(conv2d.conv2d(x, weight, None, geometry), out)
+    out, _ = check_forward(cuda_place, geometry, x, weight)
+    assert kinds() >= {"conv2d_forward", "merge_moments"}
+    plain = run(cuda_place, conv2d.conv2d, x, weight, None, geometry)
+    np.testing.assert_array_equal(plain, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_by_input(case, dtype, emulated_cuda, rng):
-    geometry, x, weight, grad = drawn(CASES[case], rng, dtype)
-    _, expected, _ = convolution_passes(x, weight, grad, geometry)
-    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
-    assert used_kernels(emulated_cuda) == {"conv2d_grad_input"}
+def test_gradient_by_input(case, dtype, cuda_place, rng):
+    check_grad_input(cuda_place, *drawn(CASES[case], rng, dtype))
+    assert "conv2d_grad_input" in kinds()
 
 
 def set_tile(monkeypatch, tile):
@@ -112,28 +129,28 @@ def set_tile(monkeypatch, tile):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
-def test_each_tile(tile, dtype, emulated_cuda, rng, monkeypatch):
+def test_each_tile(tile, dtype, cuda_place, rng, monkeypatch):
     set_tile(monkeypatch, tile)
     # more rows and columns than a tile, and ends within one
     geometry, x, weight, grad = drawn(((3, 24, 8, 9), (144, 24, 3, 3), 1, 1, 1, 1), rng, dtype)
+    check_forward(cuda_place, geometry, x, weight)
+    check_grad_input(cuda_place, geometry, x, weight, grad)
+    strided = drawn(((2, 144, 5, 5), (16, 144, 3, 3), 2, 1, 1, 1), rng, dtype)
+    check_grad_input(cuda_place, *strided)
+    assert sum(f"{tile.rows}, {tile.columns}" in name for name in used_kernels()) >= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
+def test_shared_memory_has_no_conflicts(tile, dtype, emulated_cuda, rng, monkeypatch):
+    set_tile(monkeypatch, tile)
+    geometry, x, weight, grad = drawn(CASES["square"], rng, dtype)
     emulated_cuda.statistics()
-    check_forward(geometry, x, weight)
-    _, expected, _ = convolution_passes(x, weight, grad, geometry)
-    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
-    geometry, x, weight, grad = drawn(((2, 144, 5, 5), (16, 144, 3, 3), 2, 1, 1, 1), rng, dtype)
-    _, expected, _ = convolution_passes(x, weight, grad, geometry)
-    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
-    used = {name for _, name in emulated_cuda.loaded if name.startswith("conv2d")}
-    assert len(used) == 2
-    assert all(f"{tile.rows}, {tile.columns}" in name for name in used)
-    assert emulated_cuda.statistics()["bank_conflicts"] == 0
-
-
-SCHEDULES = [
-    Schedule(order, lazy_copies=lazy)
-    for order in ("forward", "reverse", "random")
-    for lazy in (True, False)
-]
+    conv2d.conv2d(x, weight, None, geometry)
+    conv2d.conv2d_grad_input(grad, weight, geometry)
+    counts = emulated_cuda.statistics()
+    assert counts["matrix_loads"] > 0
+    assert counts["bank_conflicts"] == 0
 
 
 @pytest.mark.parametrize("dtype", [DTYPES[0], BFLOAT16], ids=str)
@@ -177,31 +194,45 @@ def unaligned(array):
     ("bias_dtype", "has_residual", "relu"),
     [(None, True, False), (np.float32, False, True), ("same", True, True)],
 )
-def test_epilogue(case, dtype, bias_dtype, has_residual, relu, emulated_cuda, rng):
+def test_epilogue(case, dtype, bias_dtype, has_residual, relu, cuda_place, rng):
     geometry, x, weight, _ = drawn(CASES[case], rng, dtype)
-    _, expected = check_forward(geometry, x, weight)
+    _, expected = check_forward(cuda_place, geometry, x, weight)
     bias, residual = None, None
     if bias_dtype is not None:
         room = rng.standard_normal(2 * geometry.out_channels)
         bias = room.astype(dtype if bias_dtype == "same" else bias_dtype)[::-2]
-        check_forward(geometry, x, weight, bias)
+        check_forward(cuda_place, geometry, x, weight, bias)
         expected += bias[:, None, None].astype(np.float64)
     if has_residual:
         residual = rng.standard_normal(geometry.output_shape).astype(dtype)
         expected += residual
     expected = np.maximum(expected, 0) if relu else expected
-    out = conv2d.conv2d(x, weight, bias, geometry, residual=residual, relu=relu)
+    arguments = (x, weight, bias, geometry)
+    out = run(cuda_place, conv2d.conv2d, *arguments, residual=residual, relu=relu)
     check(out, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["stride", "groups", "ragged_outputs"])
+def test_gradient_added_to_another(case, dtype, cuda_place, rng):
+    ragged = ((2, 8, 5, 4), (10, 8, 3, 3), 1, 1, 1, 1)  # goes to the plain kernels
+    geometry, x, weight, grad = drawn((CASES | {"ragged_outputs": ragged})[case], rng, dtype)
+    _, expected, _ = convolution_passes(x, weight, grad, geometry)
+    onto = rng.standard_normal(geometry.input_shape).astype(dtype)
+    before = onto.copy()
+    got = run(cuda_place, conv2d.conv2d_grad_input, grad, weight, geometry, onto)
+    check(got, expected + before, dtype)
+    np.testing.assert_array_equal(onto, before)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_not_a_number_and_infinity_pass(dtype, value, emulated_cuda, rng):
+def test_not_a_number_and_infinity_pass(dtype, value, cuda_place, rng):
     geometry, x, weight, grad = drawn(CASES["square"], rng, dtype)
     x[0, 0, 0, 0] = grad[0, 0, 0, 0] = value
     weight = abs(weight)
-    out = conv2d.conv2d(x, weight, None, geometry, relu=True)
-    by_x = conv2d.conv2d_grad_input(grad, weight, geometry)
+    out = run(cuda_place, conv2d.conv2d, x, weight, None, geometry, relu=True)
+    by_x = run(cuda_place, conv2d.conv2d_grad_input, grad, weight, geometry)
     assert_equal = np.testing.assert_array_equal
     assert_equal(out[0, :, :2, :2].astype(np.float64), value)
     assert_equal(by_x[0, :, :2, :2].astype(np.float64), value)
@@ -209,31 +240,31 @@ def test_not_a_number_and_infinity_pass(dtype, value, emulated_cuda, rng):
     assert (out[1] >= 0).all()
 
 
-def test_every_not_a_number_passes(emulated_cuda, rng):
+def test_every_not_a_number_passes(cuda_place, rng):
     geometry, x, weight, _ = drawn(CASES["pointwise"], rng)
     # the one that the GPU's own arithmetic makes is all ones: rounding it up would overflow
     x[0, 0] = np.uint32(0x7FFFFFFF).view(np.float32)
     x[1, 0] = np.uint32(0xFFFFFFFF).view(np.float32)
-    assert np.isnan(conv2d.conv2d(x, weight, None, geometry)).all()
+    assert np.isnan(run(cuda_place, conv2d.conv2d, x, weight, None, geometry)).all()
 
 
 @pytest.mark.parametrize("merged", [4, 512])
-def test_moments_of_many_blocks(merged, emulated_cuda, rng, monkeypatch):
+def test_moments_of_many_blocks(merged, cuda_place, rng, monkeypatch):
     monkeypatch.setattr(conv2d, "ONE_MERGE", merged)
     monkeypatch.setattr(conv2d, "MERGED_BLOCKS", 5)
     geometry, x, weight, _ = drawn(((1, 4, 40, 70), (40, 4, 1, 1), 1, 0, 1, 1), rng)
     # far from 0 for its deviation: sums of squares would cancel
     bias = np.full(40, 3000, np.float32)
-    check_forward(geometry, x, weight, bias)
-    assert ("sum_moments" in used_kernels(emulated_cuda)) == (merged == 4)
+    check_forward(cuda_place, geometry, x, weight, bias)
+    assert merged == 512 or "sum_moments" in kinds()
 
 
-def test_variance_does_not_cancel(emulated_cuda, rng):
+def test_variance_does_not_cancel(cuda_place, rng):
     geometry, x, weight, _ = drawn(((2, 4, 9, 8), (8, 4, 1, 1), 1, 0, 1, 1), rng)
     x = representable(x * np.float32(0.01) + 8)
     weight = abs(weight)
     exact, *_ = convolution_passes(x, weight, np.zeros(geometry.output_shape), geometry)
-    _, mean, variance = conv2d.conv2d_moments(x, weight, None, geometry)
+    _, mean, variance = run(cuda_place, conv2d.conv2d_moments, x, weight, None, geometry)
     np.testing.assert_allclose(mean, exact.mean(axis=(0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(variance, exact.var(axis=(0, 2, 3)), rtol=1e-3)
 
@@ -254,14 +285,15 @@ def test_slices_of_a_huge_batch(emulated_cuda, rng, monkeypatch):
     residual = rng.standard_normal(geometry.output_shape).astype(np.float32)
     whole = (
         conv2d.conv2d(x, weight, None, geometry, residual=residual),
-        conv2d.conv2d_grad_input(grad, weight, geometry),
+        conv2d.conv2d_grad_input(grad, weight, geometry, x),
     )
     monkeypatch.setattr(conv2d, "MAXIMUM_ELEMENTS", 2100)  # two images
     assert [part.stop for part in conv2d._image_slices(geometry)] == [2, 4, 5]
     monkeypatch.setattr(conv2d, "_suits_tensor_cores", lambda *_: True)
     out = conv2d.conv2d(x, weight, None, geometry, residual=residual)
     np.testing.assert_array_equal(out, whole[0])
-    np.testing.assert_array_equal(conv2d.conv2d_grad_input(grad, weight, geometry), whole[1])
+    by_x = conv2d.conv2d_grad_input(grad, weight, geometry, x)
+    np.testing.assert_array_equal(by_x, whole[1])
     _, mean, _ = conv2d.conv2d_moments(x, weight, None, geometry)
     np.testing.assert_allclose(mean, (whole[0] - residual).mean(axis=(0, 2, 3)), atol=1e-6)
 
@@ -275,7 +307,7 @@ def test_empty_batch(dtype, emulated_cuda):
     assert out.shape == geometry.output_shape
     np.testing.assert_array_equal([mean, variance], np.zeros((2, 16)))
     assert conv2d.conv2d_grad_input(grad, weight, geometry).shape == geometry.input_shape
-    assert not emulated_cuda.loaded
+    assert not launch._kernels
 
 
 @pytest.mark.parametrize("why", ["float64", "exact", "old", "ragged_outputs", "depthwise", "taps"])
@@ -291,16 +323,16 @@ def test_what_tensor_cores_do_not_suit(why, emulated_cuda, rng, monkeypatch):
         limits = launch.device_limits()._replace(architecture=75)
         monkeypatch.setattr(emulated_cuda, "device_limits", limits)
     monkeypatch.setitem(TOLERANCES, dtype, 2e-6)
-    check_forward(geometry, x, weight)
-    _, expected, _ = convolution_passes(x, weight, grad, geometry)
-    check(conv2d.conv2d_grad_input(grad, weight, geometry), expected, dtype)
-    assert not any(source == conv2d.SOURCE for source, _ in emulated_cuda.loaded)
+    place = Place("emulated")
+    check_forward(place, geometry, x, weight)
+    check_grad_input(place, geometry, x, weight, grad)
+    assert not used_kernels()
 
 
 def test_old_gpus_with_less_shared_memory_get_smaller_tiles():
     limits = launch.Limits(architecture=86, multiprocessors=84, shared_bytes=99 << 10)
     tile = conv2d._choose_tile(1 << 20, 512, 1, limits)
-    assert tile.shared_bytes <= limits.shared_bytes
+    assert conv2d.shared_bytes(tile) <= limits.shared_bytes
     assert conv2d._choose_tile(1 << 20, 64, 1, limits).columns == 64
 
 

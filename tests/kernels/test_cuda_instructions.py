@@ -146,7 +146,7 @@ def test_waiting_lands_all_groups_but_the_last(pending, machine):
 def test_dynamic_shared_memory_is_aligned_and_one(machine):
     y = np.full(4, -1, np.int32)
     machine("dynamic_address", y, shared_bytes=2048)
-    assert y.tolist() == [0, 1, 20, 0]
+    assert y.tolist() == [0, 1, 20, 1]
 
 
 # ---- matrices -----------------------------------------------------------------------------------
