@@ -7,8 +7,8 @@ chunks of 16 bytes, old devices) goes to `conv2d_plain`, gradients by weight to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels import settings
-from gradengine.kernels.cuda import conv2d_plain, conv2d_weight
+from gradengine.kernels.cuda import conv2d_plain, conv2d_weight, tuning
 from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
 from gradengine.kernels.cuda.layout import channels_last
 from gradengine.kernels.cuda.tiles import CHUNK_BYTES, SLAB_BYTES, TensorTile, covering
@@ -147,14 +147,23 @@ def conv2d_grad_input(
     onto = None if onto is None else _aligned(to_nhwc(onto))
     batch, channels, height, width = geometry.input_shape
     out = array_module(grad).empty((batch, height, width, channels), grad.dtype)
+    arrays = _Arrays(grad, None, onto, out)
     for images in _image_slices(geometry):
         part = geometry._replace(batch=images.stop - images.start)
-        tile, grid, _, record = _grad_input_plan(part, grad.itemsize, device_limits())
-        run = kernel(SOURCE, f"conv2d_grad_input<{_parameters(c_name(grad.dtype), tile)}>")
-        added = None if onto is None else onto[images]
-        arguments = (grad[images], weight, added, out[images], record)
-        run(grid, (tile.threads,), arguments, shared_bytes(tile))
+        own = arrays.of(images)
+        tile = _timed_tile("gradient", part, own, partial(_launch_gradient, weight, part, own))
+        _launch_gradient(weight, part, own, tile)
     return from_nhwc(out)
+
+
+def _launch_gradient(
+    weight: Array, geometry: Conv2dGeometry, arrays: _Arrays, tile: TensorTile | None
+) -> None:
+    grad, _, onto, out = arrays
+    plan = _grad_input_plan(geometry, grad.dtype.itemsize, device_limits(), tile)
+    name = f"conv2d_grad_input<{_parameters(c_name(grad.dtype), plan.tile)}>"
+    arguments = (grad, weight, onto, out, plan.record)
+    kernel(SOURCE, name)(plan.grid, (plan.tile.threads,), arguments, shared_bytes(plan.tile))
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
@@ -193,7 +202,9 @@ def _forward(
     arrays = _forward_arrays(x, bias, geometry, residual)
     for images in _image_slices(geometry):
         part = geometry._replace(batch=images.stop - images.start)
-        _launch_forward(weight, part, arrays.of(images), relu, None)
+        own = arrays.of(images)
+        launch = partial(_launch_forward, weight, part, own, relu, None)
+        launch(_timed_tile("forward", part, own, launch))
     return arrays.out
 
 
@@ -202,9 +213,11 @@ def _forward_with_moments(
 ) -> tuple[Array, Array]:
     """Give the result (N, P, Q, K), and mean and variance (2, K) of its channels in float64."""
     arrays = _forward_arrays(x, bias, geometry, None)
-    plan = _forward_plan(geometry, x.dtype.itemsize, device_limits())
+    launch = partial(_launch_forward, weight, geometry, arrays, False)
+    tile = _timed_tile("forward", geometry, arrays, partial(launch, None))
+    plan = _forward_plan(geometry, x.dtype.itemsize, device_limits(), tile)
     partials = array_module(x).empty((plan.row_blocks, 2, geometry.out_channels), np.float32)
-    _launch_forward(weight, geometry, arrays, False, partials)
+    launch(partials, tile)
     moments = _merged(partials, arrays.out, plan.tile.rows)
     if bias is not None:  # partials are without it: float32 means of a small spread around it
         moments[0] += bias.astype(np.float64)
@@ -212,7 +225,7 @@ def _forward_with_moments(
 
 
 class _Arrays(NamedTuple):
-    """What a forward kernel reads and writes beside the weight, channels-last."""
+    """What a kernel reads and writes beside the weight, channels-last; x may be the gradient."""
 
     x: Array
     bias: Array | None
@@ -238,16 +251,21 @@ def _forward_arrays(
 
 
 def _launch_forward(
-    weight: Array, geometry: Conv2dGeometry, arrays: _Arrays, relu: bool, partials: Array | None
+    weight: Array,
+    geometry: Conv2dGeometry,
+    arrays: _Arrays,
+    relu: bool,
+    partials: Array | None,
+    tile: TensorTile | None,
 ) -> None:
     x, bias, residual, out = arrays
-    plan = _forward_plan(geometry, x.dtype.itemsize, device_limits())
+    plan = _forward_plan(geometry, x.dtype.itemsize, device_limits(), tile)
     moments = "false" if partials is None else "true"
     name = f"conv2d_forward<{_parameters(c_name(x.dtype), plan.tile)}, {moments}>"
     bias_is_float = bias is not None and bias.dtype == np.float32
     arguments = (x, weight, bias, int(bias_is_float), residual, int(relu), out, partials)
-    tile = plan.tile
-    kernel(SOURCE, name)(plan.grid, (tile.threads,), (*arguments, plan.record), shared_bytes(tile))
+    block, memory = (plan.tile.threads,), shared_bytes(plan.tile)
+    kernel(SOURCE, name)(plan.grid, block, (*arguments, plan.record), memory)
 
 
 def _aligned(array: Array) -> Array:
@@ -382,6 +400,19 @@ class _Plan(NamedTuple):
     record: np.ndarray  # 0-d: the struct that the kernel takes
 
 
+def _timed_tile(
+    name: str,
+    geometry: Conv2dGeometry,
+    arrays: _Arrays,
+    run: Callable[[TensorTile], None],
+) -> TensorTile | None:
+    """Return the tile that took least, where the user lets tiles be timed, else None."""
+    if not settings.cuda.benchmark:
+        return None
+    tiles = [tile for tile in TILES if shared_bytes(tile) <= device_limits().shared_bytes]
+    return tuning.fastest((name, geometry, arrays.x.dtype.name), tiles, run)
+
+
 def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> TensorTile:
     """Choose the tile whose blocks, shared by the multiprocessors, take the least time."""
 
@@ -393,13 +424,15 @@ def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> Tensor
 
 
 @lru_cache(CACHED_GEOMETRIES)
-def _forward_plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Plan:
+def _forward_plan(
+    geometry: Conv2dGeometry, itemsize: int, limits: Limits, tile: TensorTile | None = None
+) -> _Plan:
     given, geometry = geometry, _filled(geometry, itemsize).geometry
     batch, outputs, height, width = geometry.output_shape
     channels = geometry.in_channels // geometry.groups
     columns = outputs // geometry.groups
     pixels = batch * height * width
-    tile = _choose_tile(pixels, columns, geometry.groups, limits)
+    tile = tile or _choose_tile(pixels, columns, geometry.groups, limits)
     record = np.zeros((), _FORWARD)
     problem, part = record["problem"], record["part"]
     _fill(
@@ -431,7 +464,7 @@ class _Residue(NamedTuple):
     """Along one axis: positions of x that the same taps read."""
 
     first: int  # position, the others follow by stride
-    count: int
+    positions: int
     first_tap: int
     taps: int
     origin: int  # the output position whose first tap reads the first position
@@ -449,32 +482,61 @@ def _residues(
     for first in range(min(stride, size)):
         taps = [r for r in range(kernel) if (first + padding - r * dilation) % stride == 0]
         origin = (first + padding - taps[0] * dilation) // stride if taps else 0
-        count = -(-(size - first) // stride)
-        residues.append(_Residue(first, count, taps[0] if taps else 0, len(taps), origin))
+        positions = -(-(size - first) // stride)
+        residues.append(_Residue(first, positions, taps[0] if taps else 0, len(taps), origin))
     return residues, stride // common, -(dilation // common)
 
 
 @lru_cache(CACHED_GEOMETRIES)
-def _grad_input_plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Plan:
+def _grad_input_plan(
+    geometry: Conv2dGeometry, itemsize: int, limits: Limits, tile: TensorTile | None = None
+) -> _Plan:
     batch, channels, height, width = geometry.input_shape
+    columns = channels // geometry.groups
+    tile = tile or _choose_tile(batch * height * width, columns, geometry.groups, limits)
+    record = np.zeros((), _GRADIENT)
+    problem = record["problem"]
+    down, across = _fill_gradient_problem(problem, geometry, itemsize)
+    problem["column_blocks"] = -(-columns // tile.columns)
+    # the deepest first: shallow ones fill the gaps at the end
+    parts = sorted(((y, x) for y in down for x in across), key=lambda p: -p[0].taps * p[1].taps)
+    row_blocks = 0
+    for number, (y, x) in enumerate(parts):
+        part = record["part"][number]
+        _fill_part(part, (batch, y.positions, x.positions))
+        _fill_taps(part, (y.taps, x.taps), int(problem["padded_channels"]), itemsize)
+        _fill(
+            part,
+            first_block=row_blocks,
+            origin=(y.origin, x.origin),
+            first_tap=(y.first_tap * geometry.kernel_width + x.first_tap) * columns,
+            first_target=(y.first * width + x.first) * channels,
+        )
+        row_blocks += -(-int(part["pixels"]) // tile.rows)
+    record["parts"] = len(parts)
+    grid = (row_blocks * int(problem["column_blocks"]), geometry.groups)
+    return _Plan(tile, grid, row_blocks, record)
+
+
+def _fill_gradient_problem(
+    problem: Any, geometry: Conv2dGeometry, itemsize: int
+) -> tuple[list[_Residue], list[_Residue]]:
+    """Set all but the blocks of columns; give the residues of rows and of columns of x."""
+    _, channels, height, width = geometry.input_shape
     columns, sources = channels // geometry.groups, geometry.out_channels // geometry.groups
     depth = SLAB_BYTES // itemsize
-    padded = -(-sources // depth) * depth
     kernel_width = geometry.kernel_width
     (step_down, step_across), (dilation_down, dilation_across) = geometry.stride, geometry.dilation
     (top, _), (left, _) = geometry.padding
     down, tap_y, step_y = _residues(height, geometry.kernel_height, step_down, top, dilation_down)
     across, tap_x, step_x = _residues(width, kernel_width, step_across, left, dilation_across)
-    tile = _choose_tile(batch * height * width, columns, geometry.groups, limits)
-    record = np.zeros((), _GRADIENT)
-    problem = record["problem"]
     _fill(
         problem,
         height=geometry.out_height,
         width=geometry.out_width,
         pixel=geometry.out_channels,
         channels=sources,
-        padded_channels=padded,
+        padded_channels=-(-sources // depth) * depth,
         scale=(1, 1),
         step=(step_y, step_x),
         target_plane=height * width * channels,
@@ -482,29 +544,11 @@ def _grad_input_plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits) ->
         target_pixel=step_across * channels,
         target_channels=channels,
         columns=columns,
-        column_blocks=-(-columns // tile.columns),
         weight_line=geometry.kernel_height * kernel_width * columns,
         weight_step_y=tap_y * kernel_width * columns,
         weight_step_x=tap_x * columns,
     )
-    # the deepest first: shallow ones fill the gaps at the end
-    parts = sorted(((y, x) for y in down for x in across), key=lambda p: -p[0].taps * p[1].taps)
-    row_blocks = 0
-    for number, (y, x) in enumerate(parts):
-        part = record["part"][number]
-        _fill_part(part, (batch, y.count, x.count))
-        _fill_taps(part, (y.taps, x.taps), padded, itemsize)
-        _fill(
-            part,
-            first_block=row_blocks,
-            origin=(y.origin, x.origin),
-            first_tap=(y.first_tap * kernel_width + x.first_tap) * columns,
-            first_target=(y.first * width + x.first) * channels,
-        )
-        row_blocks += -(-int(part["pixels"]) // tile.rows)
-    record["parts"] = len(parts)
-    grid = (row_blocks * int(problem["column_blocks"]), geometry.groups)
-    return _Plan(tile, grid, row_blocks, record)
+    return down, across
 
 
 def _fill(record: Any, **fields: int | Pair) -> None:

@@ -36,6 +36,10 @@ class Runtime(Protocol):
 
     def load(self, source: str, name: str) -> Callable[..., None]: ...
 
+    def seconds(self, run: Callable[[], None]) -> float:
+        """Return how long the device takes for what `run` launches; waits for it."""
+        ...
+
 
 class CupyRuntime:
     """The devices that CuPy drives."""
@@ -74,6 +78,16 @@ class CupyRuntime:
             limits.shared_bytes - static,
         )
         return function
+
+    def seconds(self, run: Callable[[], None]) -> float:
+        from cupy.cuda import Event, get_elapsed_time  # pyright: ignore[reportMissingImports]
+
+        start, end = Event(), Event()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return get_elapsed_time(start, end) / 1e3
 
 
 runtime: Runtime = CupyRuntime()

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -122,8 +123,8 @@ class Emulator:
     """The runtime that emulates; one device with the limits given.
 
     Kernels that are watched run slower. Threads that access the same bytes, one of them to write,
-    with no barrier between them are an error then, whatever their order did to the result, and so
-    are reads of shared memory that is not written; `accesses` tells what memory had to do.
+    with no barrier between them are an error then, whatever their order did to the result;
+    `accesses` tells what memory had to do.
     """
 
     watched = False
@@ -154,6 +155,11 @@ class Emulator:
             raise FileNotFoundError(f"{source} is in none of {', '.join(map(str, self.folders))}")
         library = _build_kernel(path, name, self.device_limits.architecture, self.watched)
         return EmulatedKernel(self, f"{path.name}: {name}", library)
+
+    def seconds(self, run: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
 
     def statistics(self) -> dict[str, int]:
         """Return what was counted since the last call."""
