@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class _GradMode(threading.local):
     enabled = True
+    recomputing = False  # a checkpoint's function runs once more: what it counts, it has counted
 
 
 grad_mode = _GradMode()

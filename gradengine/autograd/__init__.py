@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradengine.autograd.checkpoint import checkpoint
 from gradengine.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from gradengine.factories import zeros_like
 from gradengine.grad_mode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
@@ -14,6 +15,7 @@ __all__ = [
     "GradcheckError",
     "Node",
     "backward",
+    "checkpoint",
     "enable_grad",
     "grad",
     "gradcheck",

@@ -10,6 +10,7 @@ from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, check_same_device
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
+from gradengine.grad_mode import grad_mode
 from gradengine.operation import array_of, operation, raised, sum_to_shape
 from gradengine.ops.elementwise import rsqrt, where
 from gradengine.ops.reduction import mean, sum
@@ -205,6 +206,8 @@ def batch_norm_act(
     _check_vectors(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_residual(x, residual)
     inputs = (x, weight, bias, residual)
+    if training and grad_mode.recomputing:
+        running_mean = running_var = None
     if not training:
         mean, var = array_of(running_mean), array_of(running_var)
         inv_std = 1 / array_module(var).sqrt(var + eps)

@@ -1,0 +1,270 @@
+"""Checkpoints: backward computes a part of the graph again instead of keeping what it saved.
+
+The part is recorded as usual; then the saved values of its nodes are dropped, and each pullback gets
+a stand-in. The first stand-in that the walk runs calls the function once more, on the same arguments
+and random numbers. The graph which that records is the old one node by node, so that every stand-in
+runs its twin's pullback on its twin's values. The walk itself knows nothing of all this.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from gradengine.autocast_mode import autocast, autocast_mode
+from gradengine.grad_mode import enable_grad, grad_mode
+from gradengine.kernels.cuda import capture
+from gradengine.ops.random import rng_state, set_rng_state
+from gradengine.tape import Node, SavedOutput, Variable, _holds_memory, _unpack, tick
+
+DETERMINISM_CHECKS = ("default", "none")
+
+
+def checkpoint(
+    function: Callable[..., Any],
+    *args: Any,
+    use_reentrant: bool | None = None,
+    preserve_rng_state: bool = True,
+    determinism_check: str = "default",
+    **kwargs: Any,
+) -> Any:
+    """Return `function(*args, **kwargs)`, keeping for backward only the arguments.
+
+    Backward calls the function again, with the same random numbers (`preserve_rng_state`), grad mode
+    and autocast; it must compute the same as before. Checkpoints nest and may be differentiated
+    twice. Unlike PyTorch's, the second call leaves the running statistics of batch normalization
+    alone, and an argument or parameter written in the meantime is an error. There is no reentrant kind.
+
+    Raises, from backward, RuntimeError where the second call records other operations, or values of other
+    shapes or dtypes (`determinism_check="none"` skips the latter).
+    """
+    if use_reentrant:
+        raise ValueError(
+            "checkpoint: there is only the kind that is not reentrant (use_reentrant=False); "
+            f"got {use_reentrant=}"
+        )
+    if determinism_check not in DETERMINISM_CHECKS:
+        raise ValueError(
+            f"checkpoint: determinism_check must be one of {DETERMINISM_CHECKS}; "
+            f"got {determinism_check=}"
+        )
+    if not grad_mode.enabled:
+        return function(*args, **kwargs)
+    again = _Again(function, args, kwargs, preserve_rng_state, determinism_check)
+    outputs = again.call()
+    again.take_over(_nodes_behind(outputs, again.began))
+    return outputs
+
+
+class _Again:
+    """A function with its arguments, and what its second call needs to compute the same."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        preserve_rng_state: bool,
+        determinism_check: str,
+    ) -> None:
+        self.call = lambda: _without_cast_cache(function, args, kwargs)
+        self._name = getattr(function, "__name__", type(function).__name__)
+        self._checks_values = determinism_check == "default"
+        self._autocast = autocast_mode.dtype
+        self._random: list[Any] | None = None
+        if preserve_rng_state:
+            self._random = state = [None]
+            capture.repeated(lambda: state.__setitem__(0, rng_state()))
+        self.began = tick()
+        self._inputs = list(_tensors((args, kwargs)))
+        self._nodes: list[tuple[Any, weakref.ref[_Twin]]] = []  # the form of each, and its twin
+        self._leaves: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def take_over(self, nodes: list[Node]) -> None:
+        """Drop what the nodes saved, and let their pullbacks call for it."""
+        for node in nodes:
+            twin = _Twin(self)
+            self._nodes.append((_form(node, self._checks_values), weakref.ref(twin)))
+            self._note_leaves(node)
+            node.edges = [
+                (edge[0], _StandIn(place, edge[1]), (twin,))
+                if edge is not None and any(map(_holds_memory, edge[2]))
+                else edge
+                for place, edge in enumerate(node.edges)
+            ]
+
+    def _note_leaves(self, node: Node) -> None:
+        """Note the leaves that were saved, of which a later write is to be noticed."""
+        for edge in node.edges:
+            for value in edge[2] if edge is not None else ():
+                if isinstance(value, _Twin):  # of a checkpoint within this one
+                    self._leaves.update(value.again._leaves)
+                for tensor in _tensors(value):
+                    if tensor.is_leaf:
+                        version = tensor.version()
+                        self._leaves[id(version)] = weakref.ref(version), node.index
+
+    def recompute(self) -> None:
+        """Call the function again, and give each old node that is still there its twin."""
+        self._check_unwritten()
+        began = tick()
+        with self._as_before():
+            outputs = self.call()
+        nodes = _nodes_behind(outputs, began)
+        for (before, reference), node in zip(self._nodes, nodes, strict=False):
+            now = _form(node, self._checks_values)
+            if now != before:
+                self._refuse(" ".join(map(str, before)), " ".join(map(str, now)))
+            twin = reference()
+            if twin is not None:
+                twin.node = node
+        if len(nodes) != len(self._nodes):
+            self._refuse(f"{len(self._nodes)} operations", f"{len(nodes)}")
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Run under the modes of the first call, and with its random numbers."""
+        with ExitStack() as stack:
+            stack.enter_context(enable_grad())
+            stack.enter_context(_recomputing())
+            if self._autocast is not None:
+                stack.enter_context(autocast("cuda", dtype=self._autocast))
+            if self._random is not None:
+                stack.enter_context(_random_numbers_of(self._random))
+            yield
+
+    def _check_unwritten(self) -> None:
+        written = any(tensor.version().stamp > self.began for tensor in self._inputs)
+        for reference, index in self._leaves.values():
+            version = reference()
+            written = written or (version is not None and version.stamp > index)
+        if written:
+            raise RuntimeError(
+                f"checkpoint: an argument or a parameter of {self._name} has been modified by an "
+                "inplace operation since its first call began, so that a second one would compute "
+                "something else; pass a clone(), or write to it after backward"
+            )
+
+    def _refuse(self, before: str, now: str) -> None:
+        raise RuntimeError(
+            f"checkpoint: {self._name} must compute the same when backward calls it again; got "
+            f"{before} the first time, {now} the second; look for what it draws, counts or keeps "
+            "between its calls"
+        )
+
+
+class _Twin:
+    """The place in an old node's edges for the node that the second call makes of it.
+
+    To the walk it is a saved value like an array, and so is freed behind it.
+    """
+
+    nbytes = 0
+
+    def __init__(self, again: _Again) -> None:
+        self.again = again
+        self.node: Node | None = None
+
+    def edge(self, place: int) -> Any:
+        """Return the new node and its edge in a place."""
+        if self.node is None:
+            self.again.recompute()
+        assert self.node is not None
+        return self.node, self.node.edges[place]
+
+
+class _StandIn:
+    """The pullback of an old edge: its twin's, on the twin's values."""
+
+    def __init__(self, place: int, pullback: Callable[..., Any]) -> None:
+        self._place = place
+        # Whether it can add to the gradient so far: the walk looks for that in a pullback
+        self.__kwdefaults__ = getattr(pullback, "__kwdefaults__", None)
+
+    def __call__(self, grad: Any, twin: _Twin, **onto: Any) -> Any:
+        node, (_, pullback, saved) = twin.edge(self._place)
+        return pullback(grad, *_unpack(node, saved, isinstance(grad, Variable)), **onto)
+
+
+def _form(node: Node, with_values: bool) -> tuple[Any, ...]:
+    """Return what must be the same of a node the second time."""
+    edges = tuple(edge is not None for edge in node.edges)
+    place = (node.label, tuple(node.shape), str(node.dtype), edges)
+    if not with_values:
+        return place
+    saved = [tuple(_forms(edge[2])) for edge in node.edges if edge is not None]
+    return *place, tuple(saved)
+
+
+def _forms(saved: Any) -> Iterator[Any]:
+    for value in saved:
+        if isinstance(value, tuple):
+            yield tuple(_forms(value))
+        elif isinstance(value, (Variable, SavedOutput)):
+            yield tuple(value.array.shape), str(value.array.dtype)
+        elif hasattr(value, "shape") and hasattr(value, "dtype"):
+            yield tuple(value.shape), str(value.dtype)
+        else:
+            yield type(value).__name__
+
+
+def _nodes_behind(outputs: Any, began: int) -> list[Node]:
+    """Return the nodes that the outputs depend on and that are younger than `began`, oldest first."""
+    stack = [tensor.node for tensor in _tensors(outputs)]
+    found: dict[Node, None] = {}
+    while stack:
+        node = stack.pop()
+        if node is None or node in found or node.index < began or node.leaf is not None:
+            continue
+        found[node] = None
+        stack += [edge[0] for edge in node.edges if edge is not None]
+    return sorted(found, key=lambda node: node.index)
+
+
+def _tensors(values: Any) -> Iterator[Variable]:
+    """Yield the tensors in nested tuples, lists and dicts."""
+    if isinstance(values, Variable):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _without_cast_cache(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a function in a region of autocast of its own: each call then converts the same leaves."""
+    if autocast_mode.dtype is None:
+        return function(*args, **kwargs)
+    with autocast("cuda", dtype=autocast_mode.dtype, cache_enabled=False):
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _recomputing() -> Iterator[None]:
+    before = grad_mode.recomputing
+    grad_mode.recomputing = True
+    try:
+        yield
+    finally:
+        grad_mode.recomputing = before
+
+
+@contextmanager
+def _random_numbers_of(state: list[Any]) -> Iterator[None]:
+    """Draw from the stream as it was, and leave it as it is; also at each replay of a captured step."""
+    present: list[Any] = [None]
+
+    def go_back() -> None:
+        present[0] = rng_state()
+        set_rng_state(state[0])
+
+    capture.repeated(go_back)
+    try:
+        yield
+    finally:
+        capture.repeated(lambda: set_rng_state(present[0]))
