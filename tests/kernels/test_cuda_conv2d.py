@@ -1,5 +1,7 @@
 """Convolution on tensor cores: forward and gradient by the input, against sums in float64."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -52,12 +54,13 @@ def representable(array):
     return ((array.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def drawn(case, rng, dtype=DTYPES[0]):
+def drawn(case, rng, dtype: Any = DTYPES[0]):
     """Give a case's geometry, x, weight and grad."""
     x_shape, weight_shape, *attributes = case
     geometry = conv2d_geometry(x_shape, weight_shape, *attributes)
     shapes = (geometry.input_shape, geometry.weight_shape, geometry.output_shape)
-    return geometry, *(representable(rng.standard_normal(shape).astype(dtype)) for shape in shapes)
+    x, weight, grad = (representable(rng.standard_normal(shape).astype(dtype)) for shape in shapes)
+    return geometry, x, weight, grad
 
 
 def check(got, expected, dtype):
@@ -68,7 +71,7 @@ def check(got, expected, dtype):
     assert error <= TOLERANCES[dtype] * np.linalg.norm(expected)  # false for NaN
 
 
-def run(place, function, *arguments, **options):
+def run(place, function, *arguments, **options) -> Any:
     """Call a function of conv2d with arrays of the place; give its results as NumPy's."""
     options = {key: place.give(value) for key, value in options.items()}
     results = function(*map(place.give, arguments), **options)
@@ -173,7 +176,7 @@ def test_every_schedule_gives_the_same_bits(case, dtype, tile, emulated_cuda, rn
 @pytest.mark.parametrize("case", ["square", "ragged_channels"])
 def test_any_memory(case, memory, emulated_cuda, rng):
     geometry, *arrays = drawn((CASES | FILLED_CASES)[case], rng)
-    expected = convolution_passes(*arrays, geometry)
+    expected = convolution_passes(arrays[0], arrays[1], arrays[2], geometry)
     x, weight, grad = (
         unaligned(a) if memory == "unaligned" else laid_out(a, memory) for a in arrays
     )
