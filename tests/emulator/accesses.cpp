@@ -90,8 +90,6 @@ void check(Byte& byte, Kind kind, const Region& region, const void* caller) {
     const bool two_atomics = kind == ATOMIC && byte.atomic;
     if (byte.in_flight)
         report_race(what, "copy that may still be on its way", byte.write, region.space, caller);
-    if (kind == READ && region.space == SHARED && byte.write.thread == NOBODY)
-        fail_at(caller, "reads shared memory that nobody has written");
     if (!two_atomics && !ordered(byte.write, region.space))
         report_race(what, "write", byte.write, region.space, caller);
     if (kind == READ) {

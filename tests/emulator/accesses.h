@@ -1,5 +1,6 @@
-// Watches the accesses of a kernel that was built to be watched: for races, for shared memory read before
-// it is written, and for how many pieces the memory system cuts a warp's accesses into.
+// Watches the accesses of a kernel that was built to be watched: for races, and for how many pieces the
+// memory system cuts a warp's accesses into. Shared memory read before it is written is no error by itself:
+// loops load ahead of their end. What is made of it is NaN.
 #pragma once
 #include "runtime.h"
 

@@ -16,8 +16,9 @@ import shutil
 import subprocess
 import tempfile
 import time
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -386,6 +387,7 @@ def _runtime() -> ctypes.CDLL:
 
 @cache
 def _build_runtime() -> Path:
+    _forget_old_libraries()
     sources = [FOLDER / "runtime.cpp", FOLDER / "accesses.cpp"]
     parts = [*sources, FOLDER / "runtime.h", FOLDER / "accesses.h"]
     path = _library_path("runtime", *(part.read_text() for part in parts), *RUNTIME_OPTIONS)
@@ -450,12 +452,27 @@ def _included(source: Path, folders: Sequence[Path]) -> set[Path]:
 
 
 def _library_path(stem: str, *parts: str) -> Path:
+    """Return where a library of these parts is kept, and note that it is in use."""
     key = "\0".join((*parts, _compiler(), _processor()))
-    folder = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradengine" / "emulator"
-    )
+    path = _folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    with suppress(FileNotFoundError):
+        os.utime(path)
+    return path
+
+
+def _folder() -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "gradengine" / "emulator"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    return folder
+
+
+def _forget_old_libraries() -> None:
+    """Delete what was not used for a week: each change of a source leaves libraries behind."""
+    for path in _folder().glob("*.so"):
+        with suppress(FileNotFoundError):  # another process is faster
+            if path.stat().st_mtime < time.time() - 7 * 86400:
+                path.unlink()
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Emulated kernels under watch: ``python -m tests.emulator.watch tests/kernels -k pooling``.
 
-Runs the tests that pytest's arguments select, with every access of the emulated kernels watched:
-races and reads of shared memory that is not written fail their tests. Then prints, for each load and
-store of the kernels' sources, into how many pieces the memory system cuts it: sectors of 32 bytes of
-global memory, passes through the banks of shared memory. `ideal` is the share of the pieces that
+Runs the tests that pytest's arguments select, with every access of the emulated kernels watched: a
+race fails its test. Then prints, for each load and store of the kernels' sources, into how many
+pieces the memory system cuts it: sectors of 32 bytes of global memory, passes through the banks of
+shared memory. `ideal` is the share of the pieces that
 would do if the lanes of a warp accessed neighbours; it says nothing of caches.
 """
 
