@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
