@@ -98,10 +98,7 @@ def conv2d_grad_input(
     if onto is not None:
         _check_shape(name, "onto", onto, geometry.input_shape)
         arrays["onto"] = onto
-    out = _module(name, "conv2d", **arrays).conv2d_grad_input(grad, weight, geometry)
-    if onto is not None:
-        out += onto
-    return out
+    return _module(name, "conv2d", **arrays).conv2d_grad_input(grad, weight, geometry, onto)
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
@@ -223,6 +220,73 @@ def batch_norm_act_grad(
     return module.batch_norm_act_grad(
         grad, x, out, passed, weight, mean, inv_std, relu, wants_residual
     )
+
+
+def batch_norm_relu_max_pool(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    geometry: Pool2dGeometry,
+    moments: tuple[Array, Array] | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    momentum: float = 0.0,
+) -> tuple[Array, Array, Array, Array, Array | None]:
+    """Give max_pool2d of batch_norm_act with relu, in fewer passes where the device has a kernel.
+
+    Arguments are theirs, the geometry is the pool's. Returns out, mean, inv_std, and two arrays
+    that the gradient kernel reads: which pixels won, and what they were, or None. Of pixels that
+    are equal but for rounding any may win.
+    """
+    name = "batch_norm_relu_max_pool"
+    _check_shape(name, "x", x, geometry.input_shape)
+    vectors = {"weight": weight, "bias": bias}
+    vectors |= {"running_mean": running_mean, "running_var": running_var}
+    module = _normalization(name, x, None, vectors, family="normalized_pool")
+    if moments is not None:
+        _check_channels(name, x, mean=moments[0], var=moments[1])
+    return module.batch_norm_relu_max_pool(
+        *(x, weight, bias, eps, geometry, moments, running_mean, running_var, momentum)
+    )
+
+
+def batch_norm_relu_max_pool_grad(
+    grad: Array,
+    x: Array,
+    out: Array,
+    winners: Array,
+    peaks: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    mean: Array,
+    inv_std: Array,
+    geometry: Pool2dGeometry,
+) -> tuple[Array, Array, Array]:
+    """Give batch_norm_relu_max_pool's gradients by x, weight and bias.
+
+    grad is shaped like out; out, mean, inv_std, winners and peaks, in this order, are its results.
+    """
+    name = "batch_norm_relu_max_pool_grad"
+    _check_shape(name, "x", x, geometry.input_shape)
+    for key, array in (("grad", grad), ("out", out), ("winners", winners)):
+        _check_shape(name, key, array, geometry.output_shape)
+    _check_channels(name, x, mean=mean, inv_std=inv_std)
+    vectors = {"weight": weight, "bias": bias}
+    arrays = {"grad": grad, "out": out}
+    module = _normalization(name, x, None, vectors, family="normalized_pool", **arrays)
+    return module.batch_norm_relu_max_pool_grad(
+        grad, x, out, winners, peaks, weight, bias, mean, inv_std, geometry
+    )
+
+
+def winning_positions(winners: Array, geometry: Pool2dGeometry) -> Array:
+    """Give, as `max_pool2d` does, the positions of batch_norm_relu_max_pool's winners.
+
+    Where relu let nothing through a position may be -1.
+    """
+    module = _import_family(place(winners), "normalized_pool")
+    return module.winning_positions(winners, geometry)
 
 
 def scale_shift(
@@ -377,7 +441,8 @@ def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     first = next(iter(arrays.values()))
     device = place(first)
     dtype = first.dtype
-    if dtype.name not in _DTYPES[device] or any(array.dtype != dtype for array in arrays.values()):
+    known = dtype.name in _DTYPES[device] and dtype.isnative
+    if not known or any(array.dtype != dtype for array in arrays.values()):
         allowed = " or ".join(_DTYPES[device])
         got = ", ".join(f"{key}.dtype={array.dtype}" for key, array in arrays.items())
         raise TypeError(f"{name}: arrays must be of one dtype ({allowed} on {device}); got {got}")
@@ -385,7 +450,12 @@ def _module(name: str, family: str, **arrays: Array) -> ModuleType:
 
 
 def _normalization(
-    name: str, x: Array, residual: Array | None, vectors: dict[str, Array | None], **arrays: Array
+    name: str,
+    x: Array,
+    residual: Array | None,
+    vectors: dict[str, Array | None],
+    family: str = "normalization",
+    **arrays: Array,
 ) -> ModuleType:
     """Check x, what is shaped like it and vectors by channel; give the module of their kernels."""
     given = _check_channels(name, x, **vectors)
@@ -395,7 +465,7 @@ def _normalization(
     dtypes = {vector.dtype for vector in given.values()}
     if dtypes == {np.dtype(np.float32)} and x.dtype.itemsize == 2:
         given = {}  # parameters of full precision beside 16-bit activations
-    return _module(name, "normalization", x=x, **arrays, **given)
+    return _module(name, family, x=x, **arrays, **given)
 
 
 def place(array: Array) -> str:

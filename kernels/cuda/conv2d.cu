@@ -304,8 +304,10 @@ DEVICE Moments column_moments(const Tile& tile, Moments* shared, int rows) {
     return merged;
 }
 
-// Blocks of 128 threads that a multiprocessor holds at a time, by the sums of one warp: their registers fit.
-template <int SUMS> constexpr int RESIDENT_BLOCKS = SUMS == 64 * 64 ? 2 : SUMS == 64 * 32 ? 3 : 4;
+// Blocks of 128 threads that a multiprocessor holds at a time, by the sums of one warp: registers suffice for so
+// many, and shared memory does not for more.
+constexpr int RESIDENT_128_X_64 = __CUDA_ARCH__ >= 900 ? 3 : 2;
+template <int SUMS> constexpr int RESIDENT_BLOCKS = SUMS == 64 * 64 ? 2 : SUMS == 64 * 32 ? RESIDENT_128_X_64 : 4;
 
 // ---- kernels ----------------------------------------------------------------------------------------------
 
