@@ -72,24 +72,26 @@ def batch_norm_act(
     running_var: Array | None,
     momentum: float,
 ) -> tuple[Array, Array, Array, Array | None]:
-    xp, dtype = array_module(x), _sum_dtype(x.dtype)
-    pixels, added = _pixels(x), None if residual is None else _pixels(residual)
-    rows, channels, width = _sizes(pixels)
+    xp, dtype = array_module(x), sum_dtype(x.dtype)
+    pixels, added = aligned_pixels(x), None if residual is None else aligned_pixels(residual)
+    rows, channels, width = sizes_of(pixels)
     out, inv_std = xp.empty_like(pixels), xp.empty(channels, dtype)
     if not out.size:
         inv_std[...] = eps**-0.5
         return from_nhwc(out), xp.zeros(channels, dtype), inv_std, None
     passed = xp.empty((rows, channels // width), np.uint8) if relu else None
-    vectors = [_dense(one) for one in (weight, bias, running_mean, running_var)]
+    vectors = [dense(one) for one in (weight, bias, running_mean, running_var)]
     mean = xp.empty(channels, dtype)
     if moments is None and rows <= WHOLE_ROWS:
         moments = ()
-        run = _kernel("whole", x.dtype, vectors, width, added is not None)
+        run = normalization_kernel("whole", x.dtype, vectors, width, added is not None)
         sizes = _whole_launch(pixels)
     else:
-        moments = [_dense(moment) for moment in moments or _moments(pixels)]
-        run = _kernel("apply", x.dtype, vectors, c_name(moments[0].dtype), width, added is not None)
-        sizes = _launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
+        moments = [dense(moment) for moment in moments or moments_of(pixels)]
+        run = normalization_kernel(
+            "apply", x.dtype, vectors, c_name(moments[0].dtype), width, added is not None
+        )
+        sizes = row_launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
     arguments = (
         *(pixels, added, out, passed, *moments, mean, *vectors[:2], inv_std, *vectors[2:]),
         *(rows, channels, float(eps), float(momentum), int(relu)),
@@ -101,11 +103,11 @@ def batch_norm_act(
     return from_nhwc(out), mean, inv_std, passed
 
 
-def _moments(pixels: Array) -> tuple[Array, Array]:
+def moments_of(pixels: Array) -> tuple[Array, Array]:
     """Give each channel's mean and biased variance: blocks leave parts, which are merged."""
-    xp, dtype = array_module(pixels), _sum_dtype(pixels.dtype)
-    rows, channels, width = _sizes(pixels)
-    sizes = _launch(pixels, ROWS_AT_ONCE)
+    xp, dtype = array_module(pixels), sum_dtype(pixels.dtype)
+    rows, channels, width = sizes_of(pixels)
+    sizes = row_launch(pixels, ROWS_AT_ONCE)
     blocks = sizes[0][1]
     parts = xp.empty((blocks, channels, 3), dtype)  # count, mean, sum of squared deviations
     element = c_name(pixels.dtype)
@@ -113,7 +115,7 @@ def _moments(pixels: Array) -> tuple[Array, Array]:
     run(*sizes, (pixels, parts, rows, channels))
     mean, var = xp.empty(channels, dtype), xp.empty(channels, dtype)
     run = kernel(SOURCE, f"batch_norm_merge_moments<{element}>")
-    run(*_merge_launch(channels), (parts, pixels, mean, var, blocks, channels))
+    run(*merge_launch(channels), (parts, pixels, mean, var, blocks, channels))
     return mean, var
 
 
@@ -128,9 +130,9 @@ def batch_norm_act_grad(
     relu: bool,
     wants_residual: bool,
 ) -> tuple[Array, Array, Array, Array | None]:
-    xp, dtype = array_module(x), _sum_dtype(x.dtype)
-    grads, pixels = _pixels(grad), _pixels(x)
-    rows, channels, width = _sizes(pixels)
+    xp, dtype = array_module(x), sum_dtype(x.dtype)
+    grads, pixels = aligned_pixels(grad), aligned_pixels(x)
+    rows, channels, width = sizes_of(pixels)
     vector_dtype = mean.dtype if weight is None else weight.dtype
     by_weight, by_bias = xp.empty(channels, vector_dtype), xp.empty(channels, vector_dtype)
     grad_x, behind_relu = xp.empty_like(pixels), grads
@@ -142,18 +144,18 @@ def batch_norm_act_grad(
     if relu and wants_residual:
         behind_relu = xp.empty_like(pixels)
     gated = None if behind_relu is grads else behind_relu
-    weight, mean, inv_std = _dense(weight), _dense(mean, dtype), _dense(inv_std, dtype)
+    weight, mean, inv_std = dense(weight), dense(mean, dtype), dense(inv_std, dtype)
     if rows <= WHOLE_ROWS:
-        run = _kernel("grad_whole", x.dtype, [by_weight], width, relu)
+        run = normalization_kernel("grad_whole", x.dtype, [by_weight], width, relu)
         arguments = (grads, pixels, passed, gated, weight, mean, inv_std)
         run(*_whole_launch(pixels), (*arguments, by_weight, by_bias, grad_x, rows, channels))
     else:
         arguments = (grads, pixels, passed if relu else None, gated, mean, inv_std)
         sums = _grad_sums(*arguments, by_weight, by_bias)
         relu = relu and gated is None  # what relu let through is known now
-        run = _kernel("grad_apply", x.dtype, [by_weight], width, relu)
+        run = normalization_kernel("grad_apply", x.dtype, [by_weight], width, relu)
         arguments = (behind_relu, pixels, passed, weight, mean, inv_std, sums)
-        run(*_launch(pixels, PAIRS_AT_ONCE), (*arguments, grad_x, rows, channels))
+        run(*row_launch(pixels, PAIRS_AT_ONCE), (*arguments, grad_x, rows, channels))
     grad_residual = from_nhwc(behind_relu) if wants_residual else None
     return from_nhwc(grad_x), by_weight, by_bias, grad_residual
 
@@ -170,17 +172,23 @@ def _grad_sums(
 ) -> Array:
     """Fill gated and the gradients by weight and bias; give bias's and weight's in one array."""
     xp, dtype = array_module(pixels), mean.dtype
-    rows, channels, width = _sizes(pixels)
-    sizes = _launch(pixels, PAIRS_AT_ONCE)
+    rows, channels, width = sizes_of(pixels)
+    sizes = row_launch(pixels, PAIRS_AT_ONCE)
     blocks = sizes[0][1]
     parts = xp.empty((blocks, channels, 2), dtype)
     relu = "false" if passed is None else "true"
     run = kernel(SOURCE, f"batch_norm_grad_sums<{c_name(pixels.dtype)}, {width}, {relu}>")
     run(*sizes, (grads, pixels, passed, gated, mean, parts, rows, channels))
-    sums = xp.empty((2, channels), dtype)
-    run = kernel(SOURCE, f"batch_norm_grad_merge<{c_name(dtype)}, {c_name(by_weight.dtype)}>")
-    arguments = (parts, inv_std, sums, by_weight, by_bias, blocks, channels)
-    run(*_merge_launch(channels), arguments)
+    return merged_grad_sums(parts, inv_std, by_weight, by_bias)
+
+
+def merged_grad_sums(parts: Array, inv_std: Array, by_weight: Array, by_bias: Array) -> Array:
+    """Fill the gradients by weight and bias; give bias's and weight's in parts' dtype (2, C)."""
+    blocks, channels, _ = parts.shape
+    sums = array_module(parts).empty((2, channels), parts.dtype)
+    types = f"{c_name(parts.dtype)}, {c_name(by_weight.dtype)}"
+    run = kernel(SOURCE, f"batch_norm_grad_merge<{types}>")
+    run(*merge_launch(channels), (parts, inv_std, sums, by_weight, by_bias, blocks, channels))
     return sums
 
 
@@ -194,40 +202,40 @@ def _check_passed(passed: Array | None, rows: int, packs: int) -> None:
 
 
 def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:
-    pixels, added = _pixels(x), None if residual is None else _pixels(residual)
-    rows, channels, width = _sizes(pixels)
+    pixels, added = aligned_pixels(x), None if residual is None else aligned_pixels(residual)
+    rows, channels, width = sizes_of(pixels)
     out = array_module(x).empty_like(pixels)
     if out.size:
-        vectors = [_dense(scale), _dense(shift)]
-        run = _kernel(
-            "apply", x.dtype, vectors, c_name(_sum_dtype(x.dtype)), width, added is not None
+        vectors = [dense(scale), dense(shift)]
+        run = normalization_kernel(
+            "apply", x.dtype, vectors, c_name(sum_dtype(x.dtype)), width, added is not None
         )
         moments, running = (None, None, None), (None, None)  # the affine map is given
         arguments = (pixels, added, out, None, *moments, *vectors, None, *running)
-        sizes = _launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
+        sizes = row_launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
         run(*sizes, (*arguments, rows, channels, 0.0, 0.0, int(relu)))
     return from_nhwc(out)
 
 
-def _sum_dtype(dtype: np.dtype) -> np.dtype:
+def sum_dtype(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.itemsize == 8 else np.dtype(np.float32)
 
 
-def _pixels(x: Array) -> Array:
+def aligned_pixels(x: Array) -> Array:
     """Give x (N, C, H, W) as a contiguous (N, H, W, C) array, where packs can be read."""
     pixels = channels_last(x)
-    aligned = _sizes(pixels)[2] == 1 or is_aligned(pixels)
+    aligned = sizes_of(pixels)[2] == 1 or is_aligned(pixels)
     return pixels if aligned else pixels.copy()
 
 
-def _sizes(pixels: Array) -> tuple[int, int, int]:
+def sizes_of(pixels: Array) -> tuple[int, int, int]:
     """Give rows, channels, and the channels of a pack."""
     channels = pixels.shape[3]
     width = PACK_BYTES // pixels.dtype.itemsize
     return pixels.size // max(channels, 1), channels, width if channels % width == 0 else 1
 
 
-def _dense(vector: Array | None, dtype: np.dtype | None = None) -> Array | None:
+def dense(vector: Array | None, dtype: np.dtype | None = None) -> Array | None:
     """Give a vector, in a dtype, where packs can be read; itself where it is so already."""
     if vector is None:
         return None
@@ -236,22 +244,26 @@ def _dense(vector: Array | None, dtype: np.dtype | None = None) -> Array | None:
     return vector if fits else vector.astype(dtype, order="C")
 
 
-def _kernel(
-    name: str, dtype: np.dtype, vectors: Sequence[Array | None], *parameters: Any
+def normalization_kernel(
+    name: str,
+    dtype: np.dtype,
+    vectors: Sequence[Array | None],
+    *parameters: Any,
+    source: str = SOURCE,
 ) -> Kernel:
     """Give an instantiation for elements of dtype, vectors of theirs, which may be None, and more."""
-    vector_dtype = next((one.dtype for one in vectors if one is not None), _sum_dtype(dtype))
+    vector_dtype = next((one.dtype for one in vectors if one is not None), sum_dtype(dtype))
     types = ", ".join(
         str(one).lower() for one in (c_name(dtype), c_name(vector_dtype), *parameters)
     )
-    return kernel(SOURCE, f"batch_norm_{name}<{types}>")
+    return kernel(source, f"batch_norm_{name}<{types}>")
 
 
-def _launch(pixels: Array, at_once: int) -> tuple[Shape, Shape]:
+def row_launch(pixels: Array, at_once: int) -> tuple[Shape, Shape]:
     """Give grid and block: no more blocks than the device can hold, and equal shares of the rows."""
-    rows, channels, width = _sizes(pixels)
+    rows, channels, width = sizes_of(pixels)
     packs = channels // width
-    lanes = min(MOST_LANES, _power_of_two(packs))
+    lanes = min(MOST_LANES, power_of_two(packs))
     columns = -(-packs // lanes)
     tiles = -(-rows // (THREADS // lanes * at_once))
     most = max(device_limits().multiprocessors * _resident(width) // columns, 1)
@@ -261,13 +273,13 @@ def _launch(pixels: Array, at_once: int) -> tuple[Shape, Shape]:
 
 def _whole_launch(pixels: Array) -> tuple[Shape, Shape]:
     """Give grid and block where one block has all rows of its packs."""
-    _, channels, width = _sizes(pixels)
+    _, channels, width = sizes_of(pixels)
     packs = channels // width
-    lanes = min(WHOLE_LANES, _power_of_two(packs))
+    lanes = min(WHOLE_LANES, power_of_two(packs))
     return (-(-packs // lanes), 1), (lanes, THREADS // lanes)
 
 
-def _merge_launch(channels: int) -> tuple[Shape, Shape]:
+def merge_launch(channels: int) -> tuple[Shape, Shape]:
     return (-(-channels // MERGE_BLOCK[0]), 1), MERGE_BLOCK
 
 
@@ -276,5 +288,5 @@ def _resident(width: int) -> int:
     return 3 if width > 4 else 4
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()

@@ -7,9 +7,12 @@ from gradengine import kernels
 from gradengine.devices import import_cupy, to_device
 
 ELEMENTWISE = ("erf", "relu", "relu_grad")  # these keep the layout they are given
-# of 16-bit arrays these also give float32
 WITH_TABLES = ("weigh",)  # of which only the first array is the device's
-WITH_SUMS = ("softmax_cross_entropy", "batch_norm_act", "batch_norm_act_grad")
+# of 16-bit arrays these also give float32
+WITH_SUMS = (
+    *("softmax_cross_entropy", "batch_norm_act", "batch_norm_act_grad"),
+    *("batch_norm_relu_max_pool", "batch_norm_relu_max_pool_grad"),
+)
 
 
 class Place:
