@@ -4,10 +4,13 @@ What the emulator says of a kernel rests on this: its wrappers and the real inst
 the same references, which follow the comments of `instructions.cuh` and nothing else.
 """
 
+import re
+
 import numpy as np
 import pytest
 
 from gradengine.devices import import_cupy
+from gradengine.kernels.cuda import compiler
 from gradengine.kernels.cuda.launch import device_limits, kernel
 from tests.emulator.emulator import FOLDER
 
@@ -46,6 +49,17 @@ def assert_same_numbers(found, expected):
     nan = np.isnan(expected)
     assert (np.isnan(found) == nan).all()
     assert found[~nan].tobytes() == expected[~nan].tobytes()
+
+
+def test_every_wrapper_is_emulated_and_runs_here():
+    def wrappers(path):
+        return set(re.findall(r"^DEVICE [^()]*?(\w+)\(", path.read_text(), re.MULTILINE))
+
+    shipped = wrappers(compiler.FOLDER / "instructions.cuh")
+    assert {"copy_async", "load_matrices", "multiply_tf32"} <= shipped
+    assert wrappers(FOLDER / "instructions.cuh") == shipped
+    text = (FOLDER / "conformance.cu").read_text() + (compiler.FOLDER / "elements.cuh").read_text()
+    assert {name for name in shipped if not re.search(rf"\b{name}\b", text)} == set()
 
 
 # ---- 16-bit floating point ----------------------------------------------------------------------
