@@ -65,7 +65,7 @@ short, int, long = int16, int32, int64
 float = float32  # last: above, these names are Python's
 
 if TYPE_CHECKING:
-    from gradengine import amp, backends, cuda, data, models, nn, optim, weights
+    from gradengine import amp, backends, cuda, data, func, models, nn, optim, weights
     from gradengine.backends import get_float32_matmul_precision, set_float32_matmul_precision
     from gradengine.dtypes import bfloat16
     from gradengine.weights import load, save
@@ -75,7 +75,9 @@ __version__ = "0.1.0"
 # Imported when first asked for: a user of tensors alone does not pay for them.
 _LAZY = {"bfloat16": "dtypes", "load": "weights", "save": "weights"}
 _LAZY |= {f"{verb}_float32_matmul_precision": "backends" for verb in ("get", "set")}
-_LAZY |= dict.fromkeys(("amp", "backends", "cuda", "data", "models", "nn", "optim", "weights"), "")
+_LAZY |= dict.fromkeys(
+    ("amp", "backends", "cuda", "data", "func", "models", "nn", "optim", "weights"), ""
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ LAYERS = {
     "gradengine.tensor": 2,
     "gradengine.autograd": 3,
     "gradengine.cuda": 3,
+    "gradengine.func": 4,
     "gradengine.amp": 4,
     "gradengine.nn": 4,
     "gradengine.optim": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -97,15 +98,8 @@ def gradgradcheck(
             _random_like(y, random, gen_non_contig_grad_outputs).requires_grad_() for y in outputs
         ]
     seeds = (grad_outputs,) if isinstance(grad_outputs, Tensor) else tuple(grad_outputs)
-
-    def first_derivatives(*values: Any) -> Sequence[Any]:
-        results = [y for y in _outputs(func, values[: len(arguments)]) if y.requires_grad]
-        wanted = [x for x in values[: len(arguments)] if isinstance(x, Tensor) and x.requires_grad]
-        found = gradients_of(results, wanted, values[len(arguments) :], None, True)
-        return [g for g in found if g is not None]
-
     return gradcheck(
-        first_derivatives,
+        functools.partial(_first_derivatives, func, len(arguments)),
         (*arguments, *seeds),
         eps=eps,
         atol=atol,
@@ -116,6 +110,14 @@ def gradgradcheck(
         check_grad_dtypes=check_grad_dtypes,
         fast_mode=fast_mode,
     )
+
+
+def _first_derivatives(func: Callable[..., Any], count: int, *values: Any) -> Sequence[Any]:
+    """Return the gradients of func's outputs, weighed by the values after the first `count`."""
+    results = [y for y in _outputs(func, values[:count]) if y.requires_grad]
+    wanted = [x for x in values[:count] if isinstance(x, Tensor) and x.requires_grad]
+    found = gradients_of(results, wanted, values[count:], None, True)
+    return [g for g in found if g is not None]
 
 
 # ---- what is asked for, and of what ----------------------------------------------------------------
