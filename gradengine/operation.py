@@ -40,7 +40,7 @@ from gradengine.dtypes import (
 )
 from gradengine.grad_mode import grad_mode
 from gradengine.kernels.cuda import capture
-from gradengine.tape import Node, SavedOutput, Variable
+from gradengine.tape import Node, SavedOutput, Variable, View
 
 _ndarray = np.ndarray
 
@@ -53,7 +53,7 @@ class Operation:
         forward: Callable[..., Any],
         label: Any,
         keeps: tuple[str, ...] = (),
-        view: bool = False,
+        view: bool | str = False,
     ) -> None:
         code = forward.__code__
         self.forward = forward
@@ -148,12 +148,13 @@ def operation(
     *,
     label: str | Callable[..., str] | None = None,
     keeps: tuple[str, ...] = (),
-    view: bool = False,
+    view: bool | str = False,
 ) -> Any:
     """Make an operation of a forward on arrays.
 
     `label` is the node's printed name, or a function of the attributes that gives it; `keeps` names what
-    forward returns after its result; `view` says that the result may share memory with the first input.
+    forward returns after its result; `view` says that the result may share memory with the first input:
+    True, or "one of several" for a part of what returns several views.
     """
     if forward is None:
         return functools.partial(operation, label=label, keeps=keeps, view=view)
@@ -201,7 +202,7 @@ def _general(op: Operation) -> Callable[..., Any]:
         for x in inputs:
             if isinstance(x, Variable):
                 plain = False
-                if x.node is not None:
+                if x._node is not None:
                     wanted = True
                 x = x.array
             if type(x) is not _ndarray and x is not None:
@@ -222,7 +223,7 @@ def _general(op: Operation) -> Callable[..., Any]:
         else:
             result = Variable.Result(out)
         if view:
-            _share_memory(inputs[0], result)
+            _share_memory(op, inputs[0], result, apply, attributes)
         return result
 
     return apply
@@ -232,21 +233,23 @@ def _record(
     op: Operation, inputs: Sequence[Any], out: Any, kept: Any, attributes: dict[str, Any]
 ) -> Any:
     """Return the result with its node: one edge for each input that needs a gradient."""
+    # Views that are out of date take their nodes before this one, in the order in which backward walks.
+    wanted = [
+        isinstance(x, Variable) and (x._node if x._view is None else x.node) is not None
+        for x in inputs
+    ]
     label = op.label if type(op.label) is str else op.label(**attributes)
     node = Node(label, out.shape, out.dtype)
     result = Variable.Result(out, node)
     if op.saves_output:
-        out = result._version = SavedOutput(result.array)
+        out = result._counter = SavedOutput(result.array)
     rules = op.rule_list * len(inputs) if op.variadic else op.rule_list
-    wanted = [isinstance(x, Variable) and x.node is not None for x in inputs]
     shared = None
     edges: list[Any] = []
     for position, (x, rule) in enumerate(zip(inputs, rules, strict=True)):
         if rule is None or not wanted[position]:
             edges.append(None)
             continue
-        if x._base is not None:
-            _check_view(op.name, x)
         pullback = rule.pullback
         if rule.joint:
             shared = shared or Joint(pullback, tuple(wanted))
@@ -254,10 +257,17 @@ def _record(
         elif rule.positional:
             pullback = functools.partial(_at_position, pullback, position)
         edges.append(
-            (x.node, pullback, rule.keep(inputs, out, kept, attributes) if rule.keep else ())
+            (x._node, pullback, rule.keep(inputs, out, kept, attributes) if rule.keep else ())
         )
     node.edges = edges
     return result
+
+
+def node_of(apply: Any, inputs: Sequence[Any], out: Any, **attributes: Any) -> Node | None:
+    """Return the node that an operation on these inputs is recorded as, for `out` computed otherwise."""
+    if not any(isinstance(x, Variable) and x.requires_grad for x in inputs):
+        return None
+    return _record(apply.operation, inputs, out, None, attributes).node
 
 
 def _at_position(pullback: Callable[..., Any], position: int, grad: Any, *saved: Any) -> Any:
@@ -305,12 +315,14 @@ def _unary(op: Operation, floating: bool, needs_range: bool) -> Callable[..., An
             out = _call_elementwise(op, floating, (array_of(x),), attributes)
         if not isinstance(x, Variable):
             return out
-        if x.node is None or not op.rules or not grad_mode.enabled:
+        if x._node is None or not op.rules or not grad_mode.enabled:
+            return Variable.Result(out)
+        if x._view is not None and x.node is None:  # a view that follows its base off the tape
             return Variable.Result(out)
         node = Node(op.label, out.shape, out.dtype)
         result = Variable.Result(out, node)
         if op.saves_output:
-            out = result._version = SavedOutput(result.array)
+            out = result._counter = SavedOutput(result.array)
         node.edges = (_elementwise_edge(op, 0, (x,), node.shape, out, attributes),)
         return result
 
@@ -338,17 +350,22 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
                 out = _call_elementwise(op, floating, (array_of(x), array_of(y)), {})
             except ValueError:
                 raise _shape_error(op.name, x, y) from None
-        node_x = x.node if isinstance(x, Variable) else None
-        node_y = y.node if isinstance(y, Variable) else None
+        node_x = x._node if isinstance(x, Variable) else None
+        node_y = y._node if isinstance(y, Variable) else None
         if (node_x is None and node_y is None) or not op.rules or not grad_mode.enabled:
             return (
                 Variable.Result(out) if isinstance(x, Variable) or isinstance(y, Variable) else out
             )
+        # Views that are out of date take their nodes before this one, in the order in which backward walks.
+        if node_x is not None and x._view is not None:
+            node_x = x.node
+        if node_y is not None and y._view is not None:
+            node_y = y.node
         shape = out.shape
         node = Node(op.label, shape, out.dtype)
         result = Variable.Result(out, node)
         if op.saves_output:
-            out = result._version = SavedOutput(result.array)
+            out = result._counter = SavedOutput(result.array)
         node.edges = (
             node_x and _elementwise_edge(op, 0, (x, y), shape, out, None),
             node_y and _elementwise_edge(op, 1, (x, y), shape, out, None),
@@ -371,9 +388,7 @@ def _elementwise_edge(
     rule, x = op.rule_list[place], inputs[place]
     if rule is None:
         return None
-    if x._base is not None:
-        _check_view(op.name, x)
-    pullback, keep, node = rule.pullback, rule.keep, x.node
+    pullback, keep, node = rule.pullback, rule.keep, x._node
     if node.shape != shape:
         pullback = functools.partial(_unbroadcast, pullback, node.shape)
     return node, pullback, keep(inputs, out, None, attributes) if keep is not None else ()
@@ -540,24 +555,38 @@ def _call(
 # ---- views ---------------------------------------------------------------------------------------
 
 
-def _share_memory(source: Any, result: Any) -> None:
-    """Let a view and its source share one version record, so that a write to either is seen by both."""
-    array, base = result.array, result.array.base
-    if array is source.array or (
-        base is not None and _is_any(base, source.array, source.array.base)
-    ):
-        result._version = source.version()
-        result._base = source if source._base is None else source._base
+def _share_memory(
+    op: Operation, source: Any, result: Any, apply: Callable[..., Any], attributes: dict[str, Any]
+) -> None:
+    """Make a result that has its source's memory a view: a write to either is then seen by both."""
+    if _owner(result.array) is not _owner(source.array):
+        return
+    result._counter = version = source.version()
+    known = source._view if source._base is not None else None
+    restriction = "" if op.view is True else _SEVERAL_VIEWS
+    if not grad_mode.enabled:
+        restriction = _UNRECORDED_VIEW
+    if known is None:
+        result._view = View(source, (None, apply, attributes), restriction)
+    else:
+        steps = (known.steps, apply, attributes)
+        result._view = View(known.base, steps, known.restriction or restriction)
+    version.log.add_view(result)
 
 
-def _is_any(array: Any, *others: Any) -> bool:
-    return any(array is other for other in others)
+_SEVERAL_VIEWS = (
+    "this view is the output of a function that returns multiple views (unbind, split, chunk, iteration); "
+    "such functions do not allow the output views to be modified inplace: take the view by its index, or "
+    "use an operation that is not in place"
+)
+_UNRECORDED_VIEW = (
+    "a view was created in no_grad mode and is being modified inplace, or its base is, with grad mode "
+    "enabled, which is ambiguous: do both inside the no_grad block, or both outside"
+)
 
 
-def _check_view(name: str, x: Any) -> None:
-    """Refuse a view whose memory was written after the view was recorded: its node tells of older values."""
-    if x.node.leaf is None and x._version.stamp > x.node.index:
-        raise RuntimeError(
-            f"{name}: a view that is part of the graph was taken before its memory was written in place; "
-            "take the view again"
-        )
+def _owner(array: Any) -> Any:
+    """Return the array, or what it was made of, that holds the memory."""
+    while (base := getattr(array, "base", None)) is not None:
+        array = base
+    return array

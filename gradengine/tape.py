@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
+import re
 import sys
 import warnings
 import weakref
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
-from gradengine import devices
+from gradengine import devices, source_lines
 from gradengine.autocast_mode import autocast
 from gradengine.dtypes import is_bfloat16, is_floating_point
 from gradengine.grad_mode import set_grad_enabled
@@ -34,17 +35,50 @@ tick = itertools.count(1).__next__
 Edge = Any
 
 
+class WriteLog:
+    """How often a piece of memory was written in place, who did it last and where, and its views."""
+
+    __slots__ = ("count", "method", "place", "room", "views")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.method = ""
+        self.place: source_lines.Place | None = None
+        self.views: list[weakref.ref[Variable]] = []
+        self.room = 8  # views are looked through for dead ones when there are more
+
+    def add_view(self, tensor: Variable) -> None:
+        """Remember a view as long as it lives."""
+        self.views.append(weakref.ref(tensor))
+        if len(self.views) > self.room:
+            self.views = [reference for reference in self.views if reference() is not None]
+            self.room = 2 * len(self.views) + 8
+
+
 class Version:
     """When a piece of memory was last written in place: shared by a tensor, its views and detached copies."""
 
-    __slots__ = ("__weakref__", "stamp")
+    __slots__ = ("__weakref__", "_log", "stamp")
 
     def __init__(self) -> None:
-        self.stamp = 0
+        self.stamp = 0  # `_log` comes with the first write or view: most memory has neither
 
-    def written(self, at: int) -> None:
-        """Note a write at this time of the clock."""
+    @property
+    def log(self) -> WriteLog:
+        """The writes in detail."""
+        try:
+            return self._log
+        except AttributeError:
+            self._log = log = WriteLog()
+            return log
+
+    def written(self, at: int, method: str = "") -> None:
+        """Note a write at this time of the clock, by this method of Tensor if it was one."""
         self.stamp = at
+        log = self.log
+        log.count += 1
+        log.method = method
+        log.place = source_lines.calling_place()
         note_write(self)
 
 
@@ -134,10 +168,60 @@ class RemovableHandle:
         self.remove()
 
 
+# ---- views ---------------------------------------------------------------------------------------
+
+# The operations that lead from a base to a view of it: (the steps before, operation, attributes).
+Steps = tuple[Any, Callable[..., Any], dict[str, Any]] | None
+
+
+def replayed(steps: Steps, x: Any) -> Any:
+    """Return the view that the steps give of x, an array or a Tensor."""
+    calls = []
+    while steps is not None:
+        steps, operation, attributes = steps
+        calls.append((operation, attributes))
+    for operation, attributes in reversed(calls):
+        x = operation(x, **attributes)
+    return x
+
+
+class View:
+    """What a tensor that shares the memory of another, its base, knows of it.
+
+    Where a recorded operation wrote to that memory the view is out of date: it takes a new node, made by
+    taking the view of the base again, when it is next asked for its own.
+    """
+
+    __slots__ = ("base", "outdated", "restriction", "steps")
+
+    def __init__(self, base: Variable, steps: Steps, restriction: str) -> None:
+        self.base = base
+        self.steps = steps
+        self.restriction = restriction  # why the view cannot be written on the tape, or ""
+        self.outdated = False
+
+    def check(self, written: str) -> None:
+        """Raise RuntimeError for a view that cannot follow a write to its memory."""
+        if self.restriction:
+            raise RuntimeError(f"view: {self.restriction}; {written}")
+
+    def renew(self, tensor: Variable) -> None:
+        """Give the view the node that its base's present one leads to."""
+        self.check("its base or another view of its base has been modified in place since")
+        with set_grad_enabled(True):
+            node = replayed(self.steps, self.base)._node
+        self.outdated = False
+        tensor.replace_node(None if tensor._node is _OUTDATED else tensor._node, node)
+
+
+_OUTDATED: Any = Node("Outdated", (), None)  # of a view that had no node when its base got one
+
+
 class Variable:
     """An array with its place on the tape. `Tensor` adds everything that is arithmetic."""
 
-    __slots__ = ("__weakref__", "_base", "_grad", "_version", "array", "node")
+    # Only the path of every small operation reads `_node`, and asks for `node` where `_view` is set.
+    __slots__ = ("__weakref__", "_counter", "_grad", "_node", "_view", "array")
 
     Result: ClassVar[type[Any]]  # the class of every operation's result; `tensor.py` sets it
 
@@ -145,12 +229,25 @@ class Variable:
         if type(array) is not np.ndarray and isinstance(array, np.generic):
             array = np.asarray(array)  # NumPy's reductions and 0-d arithmetic give scalars
         self.array = array
-        self.node = node
+        self._node = node
         self._grad: Any = None
-        self._version: Version | None = None
-        self._base: Variable | None = None
+        self._counter: Version | None = None
+        self._view: View | None = None
 
     # -- flags
+
+    @property
+    def node(self) -> Node | None:
+        """Where this tensor is on the tape: None if it is not."""
+        if self._view is not None and self._view.outdated:
+            self._view.renew(self)
+        return self._node
+
+    @node.setter
+    def node(self, node: Node | None) -> None:
+        if self._view is not None:
+            self._view.outdated = False
+        self._node = node
 
     @property
     def requires_grad(self) -> bool:
@@ -269,20 +366,58 @@ class Variable:
     def detach(self) -> Any:
         """Return a tensor of the same memory that is not on the tape."""
         result = Variable.Result(self.array)
-        result._version = self.version()
+        result._counter = self.version()
         return result
 
     # -- in-place bookkeeping
 
     def version(self) -> Version:
         """Return the version record of this memory, made when it is first asked for."""
-        if self._version is None:
-            self._version = Version()
-        return self._version
+        if self._counter is None:
+            self._counter = Version()
+        return self._counter
 
-    def written(self) -> None:
-        """Note that the memory was just written: values saved by earlier nodes are stale from now on."""
-        self.version().written(tick())
+    @property
+    def _version(self) -> int:
+        """How often this memory was written in place, by whatever way to it that the engine knows."""
+        return 0 if self._counter is None else self._counter.log.count
+
+    @property
+    def _base(self) -> Variable | None:
+        """The tensor whose memory this one is a view of, the first of several; None if it has its own."""
+        view = self._view
+        # A base that was given other memory, by `.data = ...`, has left its views on their own.
+        return view.base if view is not None and view.base._counter is self._counter else None
+
+    def _is_view(self) -> bool:
+        """Return whether this tensor is a view of another."""
+        return self._base is not None
+
+    def written(self, method: str = "", at: int | None = None) -> None:
+        """Note that the memory was just written: values saved by earlier nodes are stale from now on.
+
+        `method` is the Tensor's that wrote it. `at` is the index of the node that recorded the write.
+        """
+        self.version().written(tick() if at is None else at, method)
+
+    def views(self) -> list[Variable]:
+        """Return the living tensors that are views of this one."""
+        views = (reference() for reference in self.version().log.views)
+        return [view for view in views if view is not None and view._base is self]
+
+    def set_outdated(self) -> None:
+        """Let this view take a new node when it is next asked for its own, since its base has one."""
+        if self._view is not None:
+            self._view.outdated = True
+            self._node = _OUTDATED if self._node is None else self._node
+
+    def replace_node(self, old: Node | None, new: Node | None) -> None:
+        """Put this tensor on another node of the tape; `retain_grad` goes on at the new one."""
+        self.node = new
+        if old is None or new is None or old is new or old.retained_by is None:
+            return
+        if old.retained_by() is self:
+            new.retained_by, old.retained_by = old.retained_by, None
 
 
 # ---- the walk ------------------------------------------------------------------------------------
@@ -419,6 +554,8 @@ def _pull(
             share = pullback(grad, *_unpack(node, saved, create_graph), onto=known)
         else:
             share = pullback(grad, *_unpack(node, saved, create_graph)) if saved else pullback(grad)
+            if share is None:  # of a Function: there is no gradient
+                continue
         if share.shape != parent.shape or share.dtype != parent.dtype:
             share = _rounded(node, share, parent)
         if known is None:
@@ -466,12 +603,12 @@ def _unpack(node: Node, saved: tuple[Any, ...], create_graph: bool) -> list[Any]
     values = []
     for value in saved:
         if isinstance(value, Variable):
-            if value._version is not None and value._version.stamp > node.index:
-                _refuse_stale(node, value.array)
+            if value._counter is not None and value._counter.stamp > node.index:
+                _refuse_stale(node, value._counter, value.array)
             values.append(value if create_graph else value.array)
         elif isinstance(value, SavedOutput):
             if value.stamp > node.index:
-                _refuse_stale(node, value.array)
+                _refuse_stale(node, value, value.array)
             values.append(Variable.Result(value.array, node) if create_graph else value.array)
         elif isinstance(value, tuple) and value and isinstance(value[0], Variable):
             values.append(tuple(_unpack(node, value, create_graph)))
@@ -564,8 +701,28 @@ def _refuse_share(node: Node, share: Any, parent: Node) -> NoReturn:
     )
 
 
-def _refuse_stale(node: Node, array: Any) -> NoReturn:
+def _refuse_stale(node: Node, version: Version, array: Any) -> NoReturn:
+    log = version.log
+    name, method = None, log.method
+    if log.place is not None:
+        name, method = source_lines.write_of(log.place, method)
+    saved = source_lines.places_of_nodes.get(node)
     raise RuntimeError(
         f"{node.label}: one of the variables needed for gradient computation has been modified by an inplace "
-        f"operation; got a tensor of shape={array.shape}, dtype={array.dtype}, written after it was saved"
+        f"operation: {name or 'it'} was changed in place"
+        + (f" by {method}" if method else "")
+        + (f" at {source_lines.line_of(log.place)}" if log.place else "")
+        + f" after {_operation_of(node)} saved it"
+        + (f" at {source_lines.line_of(saved)}" if saved else "")
+        + f"; got a tensor of shape={array.shape}, dtype={array.dtype}, at version {log.count}"
+        + (
+            ""
+            if saved
+            else "; run forward under ge.autograd.detect_anomaly() to see where that was"
+        )
     )
+
+
+def _operation_of(node: Node) -> str:
+    """Return the name of a node's operation as it is called: "batch_norm" of "BatchNormBackward0"."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", node.label)).lower()

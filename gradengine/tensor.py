@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradengine import devices, dtypes
-from gradengine.grad_mode import grad_mode
+from gradengine import devices, dtypes, in_place
 from gradengine.ops import (
     activation,
     conversion,
@@ -31,7 +30,7 @@ from gradengine.ops import (
 from gradengine.ops import matmul as products
 from gradengine.ops import shape as shaping
 from gradengine.printing import tensor_repr
-from gradengine.tape import Variable, tick
+from gradengine.tape import Variable
 
 
 def _reflected(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,27 +51,23 @@ def _one_tuple(sizes: tuple[Any, ...]) -> Any:
     return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 
 
-def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_place(function: Callable[..., Any], name: str = "") -> Callable[..., Any]:
     """Return the method that writes `function`'s result into the tensor's memory."""
+    name = name or f"{function.__name__}_"
 
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         source = self
-        given = (*args, *kwargs.values())
-        if grad_mode.enabled and (self.requires_grad or any(map(_requires_grad, given))):
-            self._check_recorded_write()
+        if in_place.is_recorded(self, *args, *kwargs.values()):
+            in_place.check_recorded_write(name, self)
             # Backward may need what is overwritten: of this tensor, and of arguments that share it.
             source = _copied_if_shared(self, self)
             args = tuple(_copied_if_shared(arg, self) for arg in args)
-            kwargs = {name: _copied_if_shared(arg, self) for name, arg in kwargs.items()}
-        return self._write(function(source, *args, **kwargs))
+            kwargs = {key: _copied_if_shared(arg, self) for key, arg in kwargs.items()}
+        return self._write(function(source, *args, **kwargs), name)
 
-    method.__name__ = f"{function.__name__}_"
+    method.__name__ = name
     method.__doc__ = f"Do `{function.__name__}` in place: the result must have this tensor's shape."
     return method
-
-
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, Variable) and value.requires_grad
 
 
 def _copied_if_shared(value: Any, written: Tensor) -> Any:
@@ -141,10 +136,10 @@ class Tensor(Variable):
                 f"got data.shape={value.shape}, tensor.shape={self.shape}"
             )
         self.array = value.array
-        self._version = value.version()
+        self._counter, self._view = value.version(), None
         if self.node is not None and self.node.leaf is not None:
             self.node.shape, self.node.dtype = self.shape, self.dtype
-        self.written()
+        self.written("data")
 
     @property
     def T(self) -> Any:
@@ -403,76 +398,70 @@ class Tensor(Variable):
 
     # -- in place
 
-    def _write(self, result: Any) -> Any:
+    def _write(self, result: Any, name: str) -> Any:
         """Put a result computed from this tensor into its memory, and take over its place on the tape."""
-        recorded = grad_mode.enabled and (self.requires_grad or result.requires_grad)
+        recorded = in_place.is_recorded(self, result)
         if recorded:
-            self._check_recorded_write()
+            in_place.check_recorded_write(name, self)
         if result.shape != self.shape:
             raise RuntimeError(
-                "in-place: output with shape of the tensor doesn't match the broadcast shape; "
+                f"{name}: output with shape of the tensor doesn't match the broadcast shape; "
                 f"got tensor.shape={self.shape}, result.shape={result.shape}"
             )
         if not dtypes.can_hold(self.dtype, result.dtype):
             raise RuntimeError(
-                "in-place: result dtype can't be cast to the tensor's; "
+                f"{name}: result dtype can't be cast to the tensor's; "
                 f"got result.dtype={result.dtype}, tensor.dtype={self.dtype}"
             )
-        self._check_writable()
+        self._check_writable(name)
         result = conversion.to_dtype(result, self.dtype)
         with devices.on_device_of(self.array):
             self.array[...] = result.array
         if recorded:
-            self.node = result.node
-        self._stamp()
+            in_place.take_over(self, result.node, name)
+        else:
+            self.written(name)
         return self
 
-    def _check_recorded_write(self) -> None:
-        if self.is_leaf and self.requires_grad:
+    def _check_writable(self, name: str) -> None:
+        flags, steps = self.array.flags, zip(self.shape, self.array.strides, strict=True)
+        # An expanded array is read-only in NumPy, but not in CuPy.
+        if not getattr(flags, "writeable", True) or any(n > 1 and step == 0 for n, step in steps):
             raise RuntimeError(
-                "in-place: a leaf Variable that requires grad is being used in an in-place operation; "
-                "do it under no_grad(), or on a clone()"
+                f"{name}: this memory cannot be written to: it is NumPy's and read-only, or expanded, so "
+                "that more than one element of the written-to tensor refers to a single memory location; "
+                f"write to a clone(); got tensor.shape={self.shape}"
             )
-        if self._base is not None:
-            raise RuntimeError(
-                "in-place: writing to a view that is part of the graph is not supported; "
-                "write to the tensor that it is a view of, or to a clone()"
-            )
-
-    def _check_writable(self) -> None:
-        if not getattr(self.array.flags, "writeable", True):  # CuPy's always are
-            raise RuntimeError(
-                "in-place: this memory cannot be written to: it is NumPy's and read-only, or expanded, so "
-                "that more than one element refers to a single memory location; write to a clone(); "
-                f"got tensor.shape={self.shape}"
-            )
-
-    def _stamp(self) -> None:
-        """Note the write; this tensor's own node is made after it and so is not stale."""
-        recorded = self.node is not None and self.node.leaf is None and grad_mode.enabled
-        self.version().written(self.node.index if recorded else tick())  # type: ignore[union-attr]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if grad_mode.enabled and (self.requires_grad or _requires_grad(value)):
-            self._check_recorded_write()
-            self._write(indexing.setitem(self, index, value))
+        name = "__setitem__"
+        recorded = in_place.is_recorded(self, value)
+        if recorded:
+            in_place.check_recorded_write(name, self)
+        self._check_writable(name)
+        if isinstance(value, Variable):
+            value = _copied_if_shared(value, self)
+        with devices.on_device_of(self.array):
+            node = indexing.setitem_in_place(self, index, value, recorded)
+        if recorded:
+            in_place.take_over(self, node, name)
         else:
-            self._check_writable()
-            with devices.on_device_of(self.array):
-                indexing.setitem_in_place(self.array, index, conversion.array_of(value))
-            self._stamp()
+            self.written(name)
 
     def copy_(self, source: Any) -> Tensor:
         """Overwrite with `source`, broadcast and converted to this shape, dtype and device."""
-        return self._write(conversion.overwrite(self, source))
+        return self._overwrite(source, "copy_")
+
+    def _overwrite(self, source: Any, name: str) -> Tensor:
+        return self._write(conversion.overwrite(self, source), name)
 
     def fill_(self, value: Any) -> Tensor:
         """Overwrite every element with `value`."""
-        return self.copy_(value)
+        return self._overwrite(value, "fill_")
 
     def zero_(self) -> Tensor:
         """Overwrite every element with 0."""
-        return self.copy_(0)
+        return self._overwrite(0, "zero_")
 
     def uniform_(self, low: builtins.float = 0, high: builtins.float = 1) -> Tensor:
         """Overwrite with numbers drawn evenly from [low, high)."""
@@ -480,7 +469,7 @@ class Tensor(Variable):
         with devices.on_device_of(drawn):
             drawn *= high - low
             drawn += low
-        return self.copy_(drawn)
+        return self._overwrite(drawn, "uniform_")
 
     def normal_(self, mean: builtins.float = 0, std: builtins.float = 1) -> Tensor:
         """Overwrite with numbers drawn from the normal distribution."""
@@ -488,7 +477,7 @@ class Tensor(Variable):
         with devices.on_device_of(drawn):
             drawn *= std
             drawn += mean
-        return self.copy_(drawn)
+        return self._overwrite(drawn, "normal_")
 
     def _float_dtype(self, name: str) -> np.dtype[Any]:
         if not dtypes.is_floating_point(self.dtype):
@@ -496,7 +485,11 @@ class Tensor(Variable):
         return self.dtype
 
     def detach_(self) -> Tensor:
-        """Take this tensor off the tape."""
+        """Take this tensor off the tape. Raises RuntimeError for a view: its base would stay there."""
+        if self._base is not None and self.requires_grad:
+            raise RuntimeError("detach_: can't detach views in-place; use detach() instead")
+        for view in self.views():
+            _ = view.node  # one that is out of date goes on from where this tensor is now
         self.node = None
         return self
 
@@ -600,10 +593,10 @@ class Tensor(Variable):
     masked_select, nonzero = indexing.masked_select, indexing.nonzero
     sort, argsort, topk = sorting.sort, sorting.argsort, sorting.topk
 
-    __iadd__ = add_ = _in_place(elementwise.scaled_add)
-    __isub__ = sub_ = _in_place(elementwise.scaled_sub)
+    __iadd__ = add_ = _in_place(elementwise.scaled_add, "add_")
+    __isub__ = sub_ = _in_place(elementwise.scaled_sub, "sub_")
     __imul__ = mul_ = _in_place(elementwise.mul)
-    __itruediv__ = div_ = _in_place(elementwise.rounded_div)
+    __itruediv__ = div_ = _in_place(elementwise.rounded_div, "div_")
     __ifloordiv__ = floor_divide_ = _in_place(elementwise.floor_divide)
     __ipow__ = pow_ = _in_place(elementwise.pow)
     __iand__ = bitwise_and_ = _in_place(elementwise.bitwise_and)

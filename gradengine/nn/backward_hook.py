@@ -98,9 +98,9 @@ def _through_gate(
     tensors: tuple[Any, ...], function: Callable[[Gradients], Gradients]
 ) -> tuple[Any, ...]:
     """Return `tensors` such that backward passes their gradients, together, through `function`."""
+    wanted = [(x.shape, x.dtype) if _wants_gradient(x) else None for x in tensors]
     # In the order of creation: the walk reaches the gate after all tensors that leave it.
     gate = Node("BackwardHookFunctionBackward", _Bundle.shape, _Bundle.dtype)
-    wanted = [(x.shape, x.dtype) if _wants_gradient(x) else None for x in tensors]
     gate.edges = [
         (x.node, functools.partial(_share, function, wanted, position), ())
         if wanted[position]
@@ -116,7 +116,7 @@ def _leaving(x: Any, gate: Node, position: int) -> Any:
     node = Node("BackwardHookFunctionBackward", x.shape, x.dtype)
     node.edges = ((gate, lambda grad: _Bundle({position: grad}), ()),)
     result = Variable.Result(x.array, node)
-    result._version = x.version()
+    result._counter = x.version()
     return result
 
 

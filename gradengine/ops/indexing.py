@@ -17,7 +17,7 @@ from gradengine import devices
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, sum_dtype
-from gradengine.operation import array_of, operation, sum_to_shape, widest
+from gradengine.operation import array_of, node_of, operation, sum_to_shape, widest
 from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.dims import normalized_dim
 from gradengine.ops.joining import slices, unbind
@@ -319,9 +319,21 @@ def setitem(x: Any, index: Any, value: Any) -> Any:
     return _put(x, _as_value(x, value), plan=plan, label="CopySlices")
 
 
-def setitem_in_place(array: Any, index: Any, value: Any) -> None:
-    """Write into an array itself, as `setitem` does into a copy, off the tape."""
-    _store(array, _planned(array, index), value)
+def setitem_in_place(x: Any, index: Any, value: Any, recorded: bool) -> Any:
+    """Write into a tensor's own memory, as `setitem` does into a copy.
+
+    Returns the node of the tape, if this is to be `recorded`, of which the tensor is now the result.
+    """
+    plan = _planned(x.array, index)
+    if recorded:
+        if hasattr(value, "dtype"):
+            devices.check_same_device("setitem", x.array, array_of(value))
+        plan = plan._replace(arrays=_kept(plan.arrays, x, value))
+        value = _as_value(x, value)
+    _store(x.array, plan, array_of(value))
+    if not recorded:
+        return None
+    return node_of(_put, (x, value), x.array, plan=plan, label="CopySlices")
 
 
 # ---- gather and scatter --------------------------------------------------------------------------

@@ -84,12 +84,12 @@ class Share:
         return self
 
 
-@operation(view=True)
+@operation(view="one of several")
 def _divide(x):
     return x
 
 
-@operation(label=lambda index, label: label, view=True)
+@operation(label=lambda index, label: label, view="one of several")
 def _piece(x, *, index, label):
     return x[index]
 

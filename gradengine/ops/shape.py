@@ -387,7 +387,10 @@ def triu(x: Any, diagonal: int = 0) -> Any:
 
 @operation(view=True)
 def _diagonal(x, *, offset, dim1, dim2):
-    return x.diagonal(offset, dim1, dim2)
+    out = x.diagonal(offset, dim1, dim2)
+    if type(out) is np.ndarray and x.flags.writeable:  # as CuPy's is
+        out.flags.writeable = True
+    return out
 
 
 @operation
@@ -413,7 +416,7 @@ _diagonal_zeros.pullbacks(
 
 
 def diagonal(x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
-    """Return a read-only view of the diagonal of two dims of x, as the last dim.
+    """Return a view of the diagonal of two dims of x, as the last dim.
 
     `offset` counts upwards from the main diagonal. Raises ValueError if the two dims are one.
     """
