@@ -24,6 +24,7 @@ LAYERS = {
     "gradengine.grad_mode": 1,
     "gradengine.operation": 1,
     "gradengine.ops": 1,
+    "gradengine.source_lines": 1,
     "gradengine.tape": 1,
     "gradengine.factories": 2,
     "gradengine.functional": 2,

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from gradengine.autograd.checkpoint import checkpoint
+from gradengine.autograd.diff import diff
+from gradengine.autograd.explain import explain, record_reasons
 from gradengine.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
+from gradengine.autograd.memory import memory
+from gradengine.autograd.trace import load_trace, trace
 from gradengine.factories import zeros_like
 from gradengine.grad_mode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from gradengine.tape import Node, accumulate_gradients, gradients_of
@@ -16,13 +20,19 @@ __all__ = [
     "Node",
     "backward",
     "checkpoint",
+    "diff",
     "enable_grad",
+    "explain",
     "grad",
     "gradcheck",
     "gradgradcheck",
     "is_grad_enabled",
+    "load_trace",
+    "memory",
     "no_grad",
+    "record_reasons",
     "set_grad_enabled",
+    "trace",
 ]
 
 

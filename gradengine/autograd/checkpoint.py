@@ -78,14 +78,14 @@ class _Again:
             self._random = state = [None]
             capture.repeated(lambda: state.__setitem__(0, rng_state()))
         self.began = tick()
-        self._inputs = list(_tensors((args, kwargs)))
-        self._nodes: list[tuple[Any, weakref.ref[_Twin]]] = []  # the form of each, and its twin
+        self.inputs = list(_tensors((args, kwargs)))
+        self._nodes: list[tuple[Any, weakref.ref[Twin]]] = []  # the form of each, and its twin
         self._leaves: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def take_over(self, nodes: list[Node]) -> None:
         """Drop what the nodes saved, and let their pullbacks call for it."""
         for node in nodes:
-            twin = _Twin(self)
+            twin = Twin(self)
             self._nodes.append((_form(node, self._checks_values), weakref.ref(twin)))
             self._note_leaves(node)
             node.edges = [
@@ -99,7 +99,7 @@ class _Again:
         """Note the leaves that were saved, of which a later write is to be noticed."""
         for edge in node.edges:
             for value in edge[2] if edge is not None else ():
-                if isinstance(value, _Twin):  # of a checkpoint within this one
+                if isinstance(value, Twin):  # of a checkpoint within this one
                     self._leaves.update(value.again._leaves)
                 for tensor in _tensors(value):
                     if tensor.is_leaf:
@@ -136,7 +136,7 @@ class _Again:
             yield
 
     def _check_unwritten(self) -> None:
-        written = any(tensor.version().stamp > self.began for tensor in self._inputs)
+        written = any(tensor.version().stamp > self.began for tensor in self.inputs)
         for reference, index in self._leaves.values():
             version = reference()
             written = written or (version is not None and version.stamp > index)
@@ -155,7 +155,7 @@ class _Again:
         )
 
 
-class _Twin:
+class Twin:
     """The place in an old node's edges for the node that the second call makes of it.
 
     To the walk it is a saved value like an array, and so is freed behind it.
@@ -183,7 +183,7 @@ class _StandIn:
         # Whether it can add to the gradient so far: the walk looks for that in a pullback
         self.__kwdefaults__ = getattr(pullback, "__kwdefaults__", None)
 
-    def __call__(self, grad: Any, twin: _Twin, **onto: Any) -> Any:
+    def __call__(self, grad: Any, twin: Twin, **onto: Any) -> Any:
         node, (_, pullback, saved) = twin.edge(self._place)
         return pullback(grad, *_unpack(node, saved, isinstance(grad, Variable)), **onto)
 
