@@ -126,8 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for first in range(0, len(names), TOGETHER):
             part = names[first : first + TOGETHER]
             work += [(source, part, architecture) for architecture in chosen.architectures]
+
+    def report(job: tuple[str, tuple[str, ...], str]) -> Report:
+        try:
+            return compile_kernels(*job)
+        except RuntimeError as error:  # the others are wanted all the same
+            return Report([], [str(error)])
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(lambda job: compile_kernels(*job), work))
+        reports = list(pool.map(report, work))
     print(table([kernel for report in reports for kernel in report.kernels]))
     faults = [fault for report in reports for fault in report.faults()]
     print("\n".join(faults) or "no spills, no local memory, no warnings")
