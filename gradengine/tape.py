@@ -502,6 +502,10 @@ def _seeds(tensors: Sequence[Any], gradients: Sequence[Any], create_graph: bool)
     return seeds
 
 
+# What takes the place of `_pull` in walks that start: anomaly mode's, while that is on.
+pull_instead: Callable[..., None] | None = None
+
+
 def _walk(
     gradients: dict[Node, Any],
     retain_graph: bool | None,
@@ -512,6 +516,7 @@ def _walk(
     release = not (create_graph if retain_graph is None else retain_graph)
     needed = None if targets is None else _leading_to(targets, gradients)
     captured: dict[Node, Any] = {}
+    pull = pull_instead or _pull
     heap = [(-node.index, node) for node in gradients]
     heapq.heapify(heap)
     # Gradients have the dtypes that forward chose, also in a backward under autocast.
@@ -525,7 +530,7 @@ def _walk(
             if targets is not None and node in targets:
                 captured[node] = gradients[node]
             if node.leaf is None:
-                _pull(node, gradients, heap, needed, create_graph)
+                pull(node, gradients, heap, needed, create_graph)
                 if release:
                     node.release()
             elif targets is None:
@@ -718,7 +723,7 @@ def _refuse_stale(node: Node, version: Version, array: Any) -> NoReturn:
         + (
             ""
             if saved
-            else "; run forward under ge.autograd.detect_anomaly() to see where that was"
+            else "; forward under ge.autograd.trace_lines() tells where"
         )
     )
 

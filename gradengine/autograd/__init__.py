@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradengine.autograd import functional
+from gradengine.autograd.anomaly import (
+    detect_anomaly,
+    is_anomaly_check_nan_enabled,
+    is_anomaly_enabled,
+    set_detect_anomaly,
+)
 from gradengine.autograd.checkpoint import checkpoint
 from gradengine.autograd.diff import diff
 from gradengine.autograd.explain import explain, record_reasons
+from gradengine.autograd.function import Function, once_differentiable
 from gradengine.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
+from gradengine.autograd.lines import trace_lines
 from gradengine.autograd.memory import memory
 from gradengine.autograd.trace import load_trace, trace
 from gradengine.factories import zeros_like
@@ -16,23 +25,31 @@ from gradengine.tape import Node, accumulate_gradients, gradients_of
 from gradengine.tensor import Tensor
 
 __all__ = [
+    "Function",
     "GradcheckError",
     "Node",
     "backward",
     "checkpoint",
+    "detect_anomaly",
     "diff",
     "enable_grad",
     "explain",
+    "functional",
     "grad",
     "gradcheck",
     "gradgradcheck",
+    "is_anomaly_check_nan_enabled",
+    "is_anomaly_enabled",
     "is_grad_enabled",
     "load_trace",
     "memory",
     "no_grad",
+    "once_differentiable",
     "record_reasons",
+    "set_detect_anomaly",
     "set_grad_enabled",
     "trace",
+    "trace_lines",
 ]
 
 
