@@ -206,8 +206,7 @@ def batch_norm_act(
     _check_vectors(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_residual(x, residual)
     inputs = (x, weight, bias, residual)
-    if training and grad_mode.recomputing:
-        running_mean = running_var = None
+    running_mean, running_var = _to_move(running_mean, running_var, training)
     if not training:
         mean, var = array_of(running_mean), array_of(running_var)
         inv_std = 1 / array_module(var).sqrt(var + eps)
@@ -227,6 +226,11 @@ def batch_norm_act(
         if isinstance(running, Variable):
             running.written()
     return out
+
+
+def _to_move(running_mean: Any, running_var: Any, training: bool) -> tuple[Any, Any]:
+    """Return the running statistics, or None where training has moved them: a checkpoint's second call."""
+    return (None, None) if training and grad_mode.recomputing else (running_mean, running_var)
 
 
 def _check_residual(x: Any, residual: Any) -> None:
