@@ -320,11 +320,11 @@ class _Recording:
         self._launch()
         stamp = tick()
         for version in self._versions:
-            version.stamp = stamp
+            version.written(stamp, "a captured step")
         for reference in self._notes.written.values():
             version = reference()
             if version is not None:
-                version.stamp = stamp
+                version.written(stamp, "a captured step")
         for gradient in self._gradients:
             gradient.tensor._grad = gradient.after
         return self._outputs

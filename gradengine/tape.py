@@ -720,11 +720,7 @@ def _refuse_stale(node: Node, version: Version, array: Any) -> NoReturn:
         + f" after {_operation_of(node)} saved it"
         + (f" at {source_lines.line_of(saved)}" if saved else "")
         + f"; got a tensor of shape={array.shape}, dtype={array.dtype}, at version {log.count}"
-        + (
-            ""
-            if saved
-            else "; forward under ge.autograd.trace_lines() tells where"
-        )
+        + ("" if saved else "; forward under ge.autograd.trace_lines() tells where")
     )
 
 
