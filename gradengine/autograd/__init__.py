@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradengine.autograd import functional
+from gradengine.autograd import functional, graph
 from gradengine.autograd.anomaly import (
     detect_anomaly,
     is_anomaly_check_nan_enabled,
@@ -38,6 +38,7 @@ __all__ = [
     "grad",
     "gradcheck",
     "gradgradcheck",
+    "graph",
     "is_anomaly_check_nan_enabled",
     "is_anomaly_enabled",
     "is_grad_enabled",
