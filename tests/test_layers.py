@@ -22,6 +22,7 @@ LAYERS = {
     "gradengine.autocast_mode": 1,
     "gradengine.dtypes": 1,
     "gradengine.grad_mode": 1,
+    "gradengine.in_place": 1,
     "gradengine.operation": 1,
     "gradengine.ops": 1,
     "gradengine.source_lines": 1,

@@ -15,6 +15,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 EXAMPLE = SNIPPETS[0]
 (ON_A_GPU,) = (snippet for snippet in SNIPPETS if "ge.cuda.graph" in snippet)
+(OWN_KERNEL,) = (snippet for snippet in SNIPPETS if "autograd.kernel" in snippet)
 (OPERATION,) = (snippet for snippet in SNIPPETS if "hypot.pullbacks" in snippet)
 
 
@@ -36,6 +37,12 @@ def test_the_operation_is_differentiable_to_second_order():
     y = ge.tensor([1.5, -1.0], dtype=ge.float64, requires_grad=True)
     assert gradcheck(names["hypot"], (x, y))
     assert gradgradcheck(names["hypot"], (x, y))
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_kernel_of_ones_own_is_checked(capsys):
+    exec(OWN_KERNEL, {"ge": ge})
+    assert "second derivatives agree with differences; CUDA agrees" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("emulated_cuda")

@@ -12,6 +12,7 @@ from gradengine.autograd.anomaly import (
     set_detect_anomaly,
 )
 from gradengine.autograd.checkpoint import checkpoint
+from gradengine.autograd.custom_kernel import kernel
 from gradengine.autograd.diff import diff
 from gradengine.autograd.explain import explain, record_reasons
 from gradengine.autograd.function import Function, once_differentiable
@@ -42,6 +43,7 @@ __all__ = [
     "is_anomaly_check_nan_enabled",
     "is_anomaly_enabled",
     "is_grad_enabled",
+    "kernel",
     "load_trace",
     "memory",
     "no_grad",
