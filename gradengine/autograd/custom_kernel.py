@@ -47,6 +47,8 @@ def kernel(
 class CustomKernel:
     """A user's operation, called on Tensors or arrays of either device; `check` compares its parts."""
 
+    __name__: str
+
     def __init__(
         self,
         function: Callable[..., Any],
