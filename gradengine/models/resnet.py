@@ -98,8 +98,8 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.conv_norm(x, self.conv1, self.bn1, activation=self.relu)  # (N, 64, H / 2, W / 2)
-        x = self.maxpool(x)
+        # (N, 3, H, W) -> (N, 64, H / 4, W / 4)
+        x = nn.conv_norm(x, self.conv1, self.bn1, activation=self.relu, pool=self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, features, H / 32, W / 32)
         return self.fc(self.avgpool(x).flatten(1))
 

@@ -19,11 +19,12 @@ from gradengine.devices import array_module, device_of
 from gradengine.grad_mode import grad_mode
 from gradengine.kernels import settings
 from gradengine.kernels.cuda.capture import postpone, valid_while
-from gradengine.kernels.geometry import Conv2dGeometry, conv2d_geometry
+from gradengine.kernels.geometry import Conv2dGeometry, conv2d_geometry, pool2d_geometry
 from gradengine.nn.activation import ReLU
 from gradengine.nn.convolution import Conv2d
 from gradengine.nn.module import Module
 from gradengine.nn.normalization import BatchNorm2d
+from gradengine.nn.pooling import MaxPool2d
 from gradengine.operation import lowered, operation
 from gradengine.ops.convolution import conv2d_moments
 from gradengine.tensor import Tensor
@@ -39,20 +40,25 @@ def conv_norm(
     *,
     activation: Module | None = None,
     residual: Tensor | None = None,
+    pool: Module | None = None,
 ) -> Tensor:
-    """Return activation(norm(conv(x)) + residual), in fewer passes over memory where possible.
+    """Return pool(activation(norm(conv(x)) + residual)), in fewer passes over memory where possible.
 
     It is possible for Conv2d, BatchNorm2d and ReLU on x (N, C, H, W), with a residual of the
     result's shape; anything else, or with a hook, is called as usual, one after the other. Results,
     gradients, running statistics and errors are the same but for rounding. In the graph,
     normalization, residual and ReLU are one node, NativeBatchNormBackward0 or, with a ReLU,
-    BatchNormReluBackward0. Without gradients, norm by running statistics is folded into conv's
-    weight, which is kept that way until a tensor of either is written: who writes to `array`
+    BatchNormReluBackward0; with a MaxPool2d behind a batch's statistics and ReLU
+    BatchNormReluMaxPoolBackward0. Without gradients, norm by running statistics is folded into
+    conv's weight, which is kept that way until a tensor of either is written: who writes to `array`
     without operations calls `written()`.
     """
+    if pool is not None and not _pools_at_once(conv, norm, activation, residual, pool):
+        return pool(conv_norm(x, conv, norm, activation=activation, residual=residual))
     tensors = _tensors(conv, norm)
     if tensors is None or not (isinstance(x, Tensor) and x.array.ndim == 4):
-        return _activate(norm(conv(x)), activation, residual)
+        out = _activate(norm(conv(x)), activation, residual)
+        return out if pool is None else pool(out)
     if autocast_mode.dtype is not None:
         x = lowered(x)
     geometry = conv2d_geometry(
@@ -68,7 +74,7 @@ def conv_norm(
     elif not _want_gradient(x, residual):
         folded = _folded(x, conv, tensors, norm.eps, geometry)
     if folded is None:
-        out = _normalized(x, conv, norm, residual, fused)
+        out = _normalized(x, conv, norm, residual, fused, pool)
     else:
         out = _folded_conv2d(
             x, folded.bias, residual, weight=folded.weight, geometry=geometry, relu=fused
@@ -118,14 +124,41 @@ def _activate(out: Tensor, activation: Module | None, residual: Tensor | None) -
     return out if activation is None else activation(out)
 
 
-def _normalized(x: Tensor, conv: Any, norm: Any, residual: Tensor | None, relu: bool) -> Tensor:
+def _pools_at_once(
+    conv: Module,
+    norm: Any,
+    activation: Module | None,
+    residual: Tensor | None,
+    pool: Any,
+) -> bool:
+    """Whether the pool has a part in the normalization's step."""
+    return (
+        residual is None
+        and _tensors(conv, norm) is not None
+        and not norm._takes_running_statistics()
+        and activation is not None
+        and _is_plain(activation, ReLU)
+        and _is_plain(pool, MaxPool2d)
+        and not pool.return_indices
+    )
+
+
+def _normalized(
+    x: Tensor, conv: Any, norm: Any, residual: Tensor | None, relu: bool, pool: Any
+) -> Tensor:
     """Convolve and record it; gather a batch's statistics, where they are wanted, on the way."""
     if norm._takes_running_statistics():
         return norm._normalize(conv.forward(x), residual=residual, relu=relu)
     out, moments = conv2d_moments(
         *(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     )
-    return norm._normalize(out, residual=residual, relu=relu, moments=moments)
+    epilogue = {"residual": residual, "relu": relu, "moments": moments}
+    if pool is not None:
+        epilogue["pool"] = pool2d_geometry(
+            *("max_pool2d", out.array.shape, pool.kernel_size, pool.stride),
+            *(pool.padding, pool.dilation, pool.ceil_mode),
+        )
+    return norm._normalize(out, **epilogue)
 
 
 # ---- without gradients: folded weights -----------------------------------------------------------

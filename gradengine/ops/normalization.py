@@ -11,8 +11,10 @@ from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, check_same_device
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
 from gradengine.grad_mode import grad_mode
-from gradengine.operation import array_of, operation, raised, sum_to_shape
+from gradengine.kernels.geometry import Pool2dGeometry
+from gradengine.operation import array_of, cast, operation, raised, sum_to_shape
 from gradengine.ops.elementwise import rsqrt, where
+from gradengine.ops.pooling import max_pool2d_scatter
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape
 from gradengine.tape import Variable
@@ -81,12 +83,29 @@ def _grad_by_batch(
         )
         by_residual = None if grads[3] is None else grads[3].reshape(x.shape)
         return grads[0].reshape(x.shape), *grads[1:3], by_residual
-    grad = _behind_relu(grad, out)
+    grads = _recorded_grad_by_batch(_behind_relu(grad, out), x, weight, inv_std, eps)
+    return *grads, _behind_relu(grad, out)
+
+
+def _recorded_grad_by_batch(grad: Any, x: Any, weight: Any, inv_std: Any, eps: float) -> Any:
+    """Return the gradients by x, weight and bias in operations, of `grad` in front of any relu."""
+    dtype, vector_dtype = x.dtype, inv_std.dtype if weight is None else weight.dtype
+    grad, x = _widened(grad, inv_std), _widened(x, inv_std)
     axes = _channel_axes(x)
     weighted = grad if weight is None else grad * _by_channel(weight, x.ndim)
     normal, inv_std = _standardize(x, axes, eps)
     grad_x = _standardize_grad(weighted, normal, inv_std, axes)
-    return grad_x, sum(grad * normal, dim=axes), sum(grad, dim=axes), grad
+    by_weight, by_bias = sum(grad * normal, dim=axes), sum(grad, dim=axes)
+    return _as(grad_x, dtype), _as(by_weight, vector_dtype), _as(by_bias, vector_dtype)
+
+
+def _widened(x: Any, vector: Any) -> Any:
+    """Return x in the dtype of a vector that belongs to it: 16 bits may have one of float32."""
+    return _as(x, vector.dtype) if vector.dtype.itemsize > x.dtype.itemsize else x
+
+
+def _as(x: Any, dtype: Any) -> Any:
+    return x if x.dtype == dtype else cast(x, dtype=dtype)
 
 
 def _behind_relu(grad: Any, out: Any) -> Any:
@@ -100,6 +119,41 @@ def _behind_relu(grad: Any, out: Any) -> Any:
 
 _batch_norm.joint_pullback(_batch_norm_grad)
 _batch_norm_relu.joint_pullback(_batch_norm_relu_grad)
+
+
+@operation(label="BatchNormReluMaxPoolBackward0", keeps=("mean", "inv_std", "winners", "peaks"))
+def _batch_norm_relu_max_pool(
+    x, weight, bias, *, running_mean, running_var, momentum, eps, moments, geometry
+):
+    return kernels.batch_norm_relu_max_pool(
+        *(x, weight, bias, eps, geometry, moments, running_mean, running_var, momentum)
+    )
+
+
+def _batch_norm_relu_max_pool_grad(
+    grad: Any,
+    wanted: Any,
+    x: Any,
+    out: Any,
+    winners: Any,
+    peaks: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    inv_std: Any,
+    eps: float,
+    geometry: Any,
+) -> Any:
+    if not isinstance(grad, Variable):
+        return kernels.batch_norm_relu_max_pool_grad(
+            grad, x, out, winners, peaks, weight, bias, mean, inv_std, geometry
+        )
+    positions = kernels.winning_positions(winners, geometry)
+    grad = max_pool2d_scatter(_behind_relu(grad, out), indices=positions, geometry=geometry)
+    return _recorded_grad_by_batch(grad, x, weight, inv_std, eps)
+
+
+_batch_norm_relu_max_pool.joint_pullback(_batch_norm_relu_max_pool_grad)
 
 
 @operation(label="NativeBatchNormBackward0")
@@ -124,18 +178,22 @@ def _by_statistics(
 
 def _scale_channels_grad(grad: Any, weight: Any, inv_std: Any) -> Any:
     scale = inv_std if weight is None else weight * inv_std
-    return grad * _by_channel(scale, grad.ndim)
+    return _as(_widened(grad, scale) * _by_channel(scale, grad.ndim), grad.dtype)
 
 
 def _scale_channels_grad_weight(grad: Any, x: Any, mean: Any, inv_std: Any) -> Any:
-    centred = x - _by_channel(mean, x.ndim)
-    return sum(grad * centred, dim=_channel_axes(x)) * inv_std
+    centred = _widened(x, mean) - _by_channel(mean, x.ndim)
+    return _as(sum(_widened(grad, mean) * centred, dim=_channel_axes(x)) * inv_std, mean.dtype)
+
+
+def _scale_channels_grad_bias(grad: Any, mean: Any) -> Any:
+    return sum(_widened(grad, mean), dim=_channel_axes(grad))
 
 
 _scale_channels.pullbacks(
     x=_scale_channels_grad,
     weight=_scale_channels_grad_weight,
-    bias=lambda grad: sum(grad, dim=_channel_axes(grad)),
+    bias=_scale_channels_grad_bias,
     residual=lambda grad: grad,
 )
 
@@ -148,7 +206,7 @@ _scale_channels_relu.pullbacks(
     weight=lambda grad, out, x, mean, inv_std: _scale_channels_grad_weight(
         _behind_relu(grad, out), x, mean, inv_std
     ),
-    bias=lambda grad, out: sum(_behind_relu(grad, out), dim=_channel_axes(grad)),
+    bias=lambda grad, out, mean: _scale_channels_grad_bias(_behind_relu(grad, out), mean),
     residual=_behind_relu,
 )
 
@@ -196,11 +254,13 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     moments: tuple[Any, Any] | None = None,
+    pool: Pool2dGeometry | None = None,
 ) -> Any:
     """Return batch_norm of x, plus `residual` shaped like x, with `relu` at least 0, in one pass.
 
     moments are x's mean and biased variance by channel, float64 arrays (C,), where training has no
-    need to compute them; gradients count that they depend on x. Raises what `batch_norm` does.
+    need to compute them; gradients count that they depend on x. With `pool`, in training with relu
+    and without residual, max_pool2d of that is returned. Raises what `batch_norm` does.
     """
     _check_batch_norm(x, running_mean, running_var, training)
     _check_vectors(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
@@ -209,19 +269,22 @@ def batch_norm_act(
     running_mean, running_var = _to_move(running_mean, running_var, training)
     if not training:
         mean, var = array_of(running_mean), array_of(running_var)
+        var = var.astype(sum_dtype(var.dtype), copy=False)
         inv_std = 1 / array_module(var).sqrt(var + eps)
         # A copy of the mean: training may move the running one before backward asks for it.
         apply = _scale_channels_relu if relu else _scale_channels
         return apply(*inputs, mean=mean.copy(), inv_std=inv_std)
-    apply = _batch_norm_relu if relu else _batch_norm
-    out = apply(
-        *inputs,
-        running_mean=array_of(running_mean),
-        running_var=array_of(running_var),
-        momentum=momentum,
-        eps=eps,
-        moments=moments,
-    )
+    options: dict[str, Any] = {
+        "running_mean": array_of(running_mean),
+        "running_var": array_of(running_var),
+        "momentum": momentum,
+        "eps": eps,
+        "moments": moments,
+    }
+    if pool is not None:
+        out = _batch_norm_relu_max_pool(x, weight, bias, geometry=pool, **options)
+    else:
+        out = (_batch_norm_relu if relu else _batch_norm)(*inputs, **options)
     for running in (running_mean, running_var):
         if isinstance(running, Variable):
             running.written()

@@ -33,17 +33,17 @@ def _max_pool2d_gather(x, *, indices, geometry):
 
 
 @operation(label="MaxPool2DWithIndicesBackwardBackward0")
-def _max_pool2d_scatter(grad, *, indices, geometry):
+def max_pool2d_scatter(grad, *, indices, geometry):
     return kernels.max_pool2d_scatter(grad, indices, geometry)
 
 
 def _max_pool2d_grad(grad: Any, indices: Any, geometry: Any) -> Any:
-    return _max_pool2d_scatter(grad, indices=indices, geometry=geometry)
+    return max_pool2d_scatter(grad, indices=indices, geometry=geometry)
 
 
 _max_pool2d.pullbacks(x=_max_pool2d_grad)
 _max_pool2d_gather.pullbacks(x=_max_pool2d_grad)
-_max_pool2d_scatter.pullbacks(
+max_pool2d_scatter.pullbacks(
     grad=lambda x, indices, geometry: _max_pool2d_gather(x, indices=indices, geometry=geometry)
 )
 

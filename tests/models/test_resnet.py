@@ -157,11 +157,13 @@ def test_without_gradients_convolutions_do_all_of_a_block(monkeypatch, depth):
 def test_in_training_statistics_come_from_the_convolutions(model, monkeypatch):
     convolutions = note_calls(monkeypatch, "conv2d_moments")
     norms = note_calls(monkeypatch, "batch_norm_act")
+    stems = note_calls(monkeypatch, "batch_norm_relu_max_pool")
     model(ge.randn(2, 3, 32, 32))
-    assert len(convolutions) == len(norms) == 20
-    assert sum(given["relu"] for given in norms) == 17
+    assert len(convolutions) == len(norms) + len(stems) == 20
+    assert len(stems) == 1
+    assert sum(given["relu"] for given in norms) == 16
     assert sum(given["residual"] is not None for given in norms) == 8
-    assert all(given["moments"] is not None for given in norms)
+    assert all(given["moments"] is not None for given in norms + stems)
 
 
 @pytest.mark.parametrize("block", [models.resnet.BasicBlock, models.resnet.Bottleneck])
@@ -225,6 +227,7 @@ def test_a_frozen_backbone_costs_no_graph_and_no_gradient_kernel(model, monkeypa
             "conv2d_grad_weight",
             "conv2d_grad_input",
             "batch_norm_act_grad",
+            "batch_norm_relu_max_pool_grad",
             "max_pool2d_scatter",
         )
     ]

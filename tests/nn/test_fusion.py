@@ -251,7 +251,97 @@ def test_in_either_form_of_the_convolution(monkeypatch, training, winograd):
         np.testing.assert_allclose(ours.array, theirs.array, rtol=1e-4, atol=1e-6)
 
 
+def then_pooled(pool: Any) -> Any:
+    """Return one_by_one with a pool at the end, called as conv_norm is."""
+
+    def function(x: Any, conv: Any, norm: Any, **options: Any) -> Any:
+        options.pop("pool")
+        return pool(one_by_one(x, conv, norm, **options))
+
+    return function
+
+
+POOLS = [nn.MaxPool2d(3, stride=2, padding=1), nn.MaxPool2d(2, ceil_mode=True)]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("with_relu", [True, False])
+@pytest.mark.parametrize("mode", ["train", "eval", "freeze", "no_grad eval", "no_grad train"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_pool_at_the_end(dtype, mode, with_relu, pool):
+    modules = make(dtype=dtype)
+    for module in modules:
+        module.train("eval" not in mode)
+        if mode == "freeze":
+            module.freeze()
+    twins = copy.deepcopy(modules)
+    x = images(3, 4, 9, 8, dtype=dtype)
+    options = {"activation": nn.ReLU() if with_relu else None, "pool": pool}
+    with ge.set_grad_enabled("no_grad" not in mode):
+        found = run(nn.conv_norm, modules, (x, None), **options)
+        expected = run(then_pooled(pool), twins, (x, None), **options)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        agree(found[name], tensor, TOLERANCE[dtype])
+
+
+def test_second_derivatives_through_a_pool():
+    conv, norm = make(**SIZES[2])
+    leaves = [images(2, 4, 9, 9).requires_grad_(), conv.weight, norm.weight, norm.bias]
+    found = []
+    for function in (nn.conv_norm, then_pooled(POOLS[0])):
+        out = function(leaves[0], conv, norm, activation=nn.ReLU(), pool=POOLS[0])
+        first = ge.autograd.grad((out * out).sum(), leaves, create_graph=True)
+        second = sum((gradient * gradient).sum() for gradient in first)
+        found.append((*first, *ge.autograd.grad(second, leaves)))
+    for fused, expected in zip(*found, strict=True):
+        agree(fused, expected, 1e-10)
+
+
+@pytest.mark.parametrize("other", ["residual", "hook", "indices", "norm"])
+def test_what_a_pool_may_not_skip(other):
+    conv, norm = make()
+    pool, options = nn.MaxPool2d(3, stride=2, padding=1), {}
+    called = []
+    if other == "residual":
+        options["residual"] = images(3, 6, 9, 8, seed=2)
+    elif other == "hook":
+        pool.register_forward_hook(lambda *arguments: called.append(arguments[1][0].shape))
+    elif other == "indices":
+        pool.return_indices = True
+    else:
+        norm = nn.Identity()
+    twins = copy.deepcopy((conv, norm))
+    x = images(3, 4, 9, 8)
+    found = nn.conv_norm(x, conv, norm, activation=nn.ReLU(), pool=pool, **options)
+    hooked = list(called)
+    expected = pool(one_by_one(x, *twins, nn.ReLU(), **options))
+    assert hooked == ([(3, 6, 9, 8)] if other == "hook" else [])
+    if other == "indices":
+        for one, two in zip(found, expected, strict=True):
+            agree(one, two)
+    else:
+        agree(found, expected)
+
+
+def test_an_image_without_a_batch_is_pooled():
+    conv, norm, pool = nn.Conv2d(4, 6, 3), nn.Identity(), nn.MaxPool2d(2)
+    x = images(4, 9, 8, dtype="float32")
+    found = nn.conv_norm(x, conv, norm, activation=nn.ReLU(), pool=pool)
+    agree(found, pool(one_by_one(x, conv, norm, nn.ReLU())))
+
+
 # ---- the graph -----------------------------------------------------------------------------------
+
+
+def test_the_node_of_a_pool():
+    conv, norm = make()
+    x = images(2, 4, 5, 5).requires_grad_()
+    out = nn.conv_norm(x, conv, norm, activation=nn.ReLU(), pool=POOLS[0])
+    assert out.grad_fn.name() == "BatchNormReluMaxPoolBackward0"
+    assert [node.name() for node, _ in out.grad_fn.next_functions] == [
+        *("ConvolutionBackward0", "AccumulateGrad", "AccumulateGrad")
+    ]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gradengine as ge
+from gradengine.kernels.geometry import pool2d_geometry
 from gradengine.ops.normalization import batch_norm, batch_norm_act, layer_norm
 from gradengine.tape import SavedOutput
 
@@ -268,3 +269,60 @@ def test_a_residual_must_be_like_the_input():
         batch_norm_act(x, None, None, residual=tensor(2, 3, 4), training=True)
     with pytest.raises(ValueError, match=r"residual must have .*residual\.dtype=float64"):
         batch_norm_act(x, None, None, residual=tensor(2, 3, 4, 4, dtype=np.float64), training=True)
+
+
+# ---- 16-bit images and float32 vectors, on CUDA --------------------------------------------------
+
+STEM_POOL = pool2d_geometry("max_pool2d", (3, 8, 6, 5), 3, 2, 1)
+
+
+def mixed_gradients(dtype, vector_dtype, create_graph, residual=None, **options):
+    """Return result, gradients by x, weight, bias and residual, and statistics, of one call."""
+    rng = np.random.default_rng(3)
+    arrays = [(rng.standard_normal(s) + 0.5).astype("float16") for s in ((3, 8, 6, 5), (8,), (8,))]
+    kinds = (dtype, vector_dtype, vector_dtype)
+    pairs = zip(arrays, kinds, strict=True)
+    x, weight, bias = (ge.tensor(a, dtype=kind).requires_grad_() for a, kind in pairs)
+    added = x.detach().requires_grad_() if residual else None
+    mean, var = (ge.tensor(np.full(8, value), dtype=vector_dtype) for value in (0.25, 1.5))
+    inputs = [x, weight, bias] + ([added] if residual else [])
+    out = batch_norm_act(x, mean, var, weight, bias, added, **options)
+    seed = ge.tensor(np.cos(np.arange(out.numel())).reshape(out.shape), dtype=out.dtype)
+    grads = ge.autograd.grad(out, inputs, seed, create_graph=create_graph)
+    for grad, given in zip(grads, inputs, strict=True):
+        assert grad.dtype == given.dtype
+    found = (out, *grads, mean, var)
+    return [np.asarray(tensor.detach().array, np.float64) for tensor in found]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training": True},
+        {"training": True, "relu": True, "residual": True},
+        {"training": True, "relu": True, "pool": STEM_POOL},
+        {"training": False},
+        {"training": False, "relu": True, "residual": True},
+    ],
+    ids=["batch", "relu", "pool", "running", "running_relu"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "vector_dtype"),
+    [("float16", "float32"), ("bfloat16", "float32"), ("float16", "float16")],
+)
+def test_16_bits_beside_float32(dtype, vector_dtype, options, create_graph, emulated_cuda):
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    found = mixed_gradients(dtype, vector_dtype, create_graph, **options)
+    expected = mixed_gradients("float64", "float64", create_graph, **options)
+    for one, other in zip(found, expected, strict=True):
+        error = np.linalg.norm(one - other) / np.linalg.norm(other)
+        assert error < (0.02 if dtype == "bfloat16" else 0.004)
+
+
+def test_vectors_beside_16_bits_are_of_their_dtype_or_float32(emulated_cuda):
+    x = np.ones((2, 3, 2, 2), np.float16)
+    ones = np.ones(3)
+    with pytest.raises(TypeError, match="weight must have x's dtype"):
+        batch_norm(x, None, None, ones, training=True)
