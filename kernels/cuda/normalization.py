@@ -80,27 +80,32 @@ def batch_norm_act(
         inv_std[...] = eps**-0.5
         return from_nhwc(out), xp.zeros(channels, dtype), inv_std, None
     passed = xp.empty((rows, channels // width), np.uint8) if relu else None
-    vectors = [dense(one) for one in (weight, bias, running_mean, running_var)]
+    vectors: list[Any] = [dense(one) for one in (weight, bias, running_mean, running_var)]
     mean = xp.empty(channels, dtype)
+    found: list[Any] = []
     if moments is None and rows <= WHOLE_ROWS:
-        moments = ()
         run = normalization_kernel("whole", x.dtype, vectors, width, added is not None)
         sizes = _whole_launch(pixels)
     else:
-        moments = [dense(moment) for moment in moments or moments_of(pixels)]
+        found = [dense(moment) for moment in moments or moments_of(pixels)]
         run = normalization_kernel(
-            "apply", x.dtype, vectors, c_name(moments[0].dtype), width, added is not None
+            "apply", x.dtype, vectors, c_name(found[0].dtype), width, added is not None
         )
         sizes = row_launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
     arguments = (
-        *(pixels, added, out, passed, *moments, mean, *vectors[:2], inv_std, *vectors[2:]),
+        *(pixels, added, out, passed, *found, mean, *vectors[:2], inv_std, *vectors[2:]),
         *(rows, channels, float(eps), float(momentum), int(relu)),
     )
     run(*sizes, arguments)
-    for running, moved in zip((running_mean, running_var), vectors[2:], strict=True):
-        if moved is not running:
-            running[...] = moved
+    write_back((running_mean, running_var), vectors[2:])
     return from_nhwc(out), mean, inv_std, passed
+
+
+def write_back(vectors: Sequence[Array | None], moved: Sequence[Array | None]) -> None:
+    """Copy what a kernel wrote to vectors that `dense` had to copy."""
+    for vector, values in zip(vectors, moved, strict=True):
+        if vector is not None and values is not vector:
+            vector[...] = values
 
 
 def moments_of(pixels: Array) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ Other pools, and empty batches, are left to the kernels of their families, one a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from gradengine.kernels.cuda.normalization import (
     row_launch,
     sizes_of,
     sum_dtype,
+    write_back,
 )
 from gradengine.kernels.cuda.pooling import max_pool2d, max_pool2d_scatter
 from gradengine.kernels.layout import Array, from_nhwc
@@ -90,18 +91,16 @@ def batch_norm_relu_max_pool(
     out, peaks = xp.empty(shape, x.dtype), xp.empty(shape, x.dtype)
     taps = xp.empty(shape, np.uint8)
     mean, inv_std = xp.empty(channels, dtype), xp.empty(channels, dtype)
-    vectors = [dense(one) for one in (weight, bias, *running)]
-    moments = [dense(moment) for moment in moments or moments_of(pixels)]
-    types = (c_name(moments[0].dtype), width)
+    vectors: list[Any] = [dense(one) for one in (weight, bias, *running)]
+    found: list[Any] = [dense(moment) for moment in moments or moments_of(pixels)]
+    types = (c_name(found[0].dtype), width)
     run = normalization_kernel("max_pool", x.dtype, vectors, *types, source=SOURCE)
     arguments = (
-        *(pixels, out, peaks, taps, *moments, mean, *vectors[:2], inv_std, *vectors[2:]),
+        *(pixels, out, peaks, taps, *found, mean, *vectors[:2], inv_std, *vectors[2:]),
         *(_images(geometry), channels, float(eps), float(momentum)),
     )
     run(*_window_launch(geometry, width), arguments)
-    for target, moved in zip(running, vectors[2:], strict=True):
-        if moved is not target:
-            target[...] = moved
+    write_back(running, vectors[2:])
     return from_nhwc(out), mean, inv_std, from_nhwc(taps), from_nhwc(peaks)
 
 

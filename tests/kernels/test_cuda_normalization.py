@@ -208,3 +208,15 @@ def test_vectors_of_other_dtypes_are_refused(emulated_cuda):
         kernels.scale_shift(x, ones.astype(np.float64), ones)
     with pytest.raises(ValueError, match=r"batch_norm_act_grad: passed must .* got passed=None"):
         kernels.batch_norm_act_grad(x, x, x, None, ones, ones, ones, True, False)
+
+
+def test_running_statistics_that_lie_apart_in_memory_move(cuda_place, rng):
+    x, _, _, weight, bias = make(SHAPES["one_image"], rng, FLOAT32, FLOAT32)
+    memory = cuda_place.give(np.full((2, 48), 0.5, np.float32))
+    running = memory[0, ::2], memory[1, 1::2]
+    cuda_place("batch_norm_act", x, weight, bias, None, True, EPS, None, *running, 0.25)
+    mean, variance = reference.batch_norm(x.astype(np.float64), None, None, EPS)[1:]
+    memory = cuda_place.take(memory)
+    assert_rounded(memory[0, ::2], 0.375 + 0.25 * mean, FLOAT32)
+    assert_rounded(memory[1, 1::2], 0.375 + 0.25 * variance * 15 / 14, FLOAT32)
+    np.testing.assert_array_equal(memory[0, 1::2], 0.5)

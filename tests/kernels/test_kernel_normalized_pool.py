@@ -210,4 +210,6 @@ def test_arrays_that_do_not_fit_are_refused():
         kernels.batch_norm_relu_max_pool(x, ones, np.ones(4), EPS, geometry)
     pooled = np.zeros((2, 3, 3, 3))
     with pytest.raises(ValueError, match=r"batch_norm_relu_max_pool_grad: grad must .*"):
-        kernels.batch_norm_relu_max_pool_grad(x, x, *[pooled] * 3, *[ones] * 4, geometry)
+        kernels.batch_norm_relu_max_pool_grad(
+            x, x, pooled, pooled, pooled, ones, ones, ones, ones, geometry
+        )
