@@ -125,7 +125,7 @@ def test_other_errors_in_backward_tell_the_line():
             return x * 2
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, *grads):
             raise KeyError("oh")
 
     with detect_anomaly():

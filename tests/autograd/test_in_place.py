@@ -78,7 +78,7 @@ def test_data_shares_the_counter():
 
 def test_increment_version_takes_tensors():
     with pytest.raises(TypeError, match="increment_version: expected Tensors; got int"):
-        ge.autograd.graph.increment_version([1])
+        ge.autograd.graph.increment_version([1])  # pyright: ignore[reportArgumentType]
 
 
 def test_a_change_of_the_array_that_was_announced_is_caught():
