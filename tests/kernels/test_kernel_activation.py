@@ -8,7 +8,7 @@ from tests.kernels.memory import MEMORIES, laid_out
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("shape", [(0,), (7,), (3, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 4), (2, 3, 4, 5)])
 def test_relu_grad_passes_where_relu_did(shape, dtype, place, rng):
     grad = np.asarray(rng.standard_normal(shape), dtype)
     out = np.asarray(np.maximum(rng.standard_normal(shape), 0), dtype)
@@ -67,3 +67,19 @@ def test_relu_of_special_values(place):
 def test_relu_keeps_integers():
     x = np.arange(-3, kernels.PARALLEL_SIZE)
     np.testing.assert_array_equal(kernels.relu(x), np.maximum(x, 0))
+
+
+# packs, several blocks, no whole number of packs
+@pytest.mark.parametrize("shape", [(40,), (2, 16, 13, 11), (5, 1027)])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_every_element_type(name, shape, cuda_place, rng):
+    dtype = pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+    x, grad = rng.standard_normal((2, *shape)).astype(dtype)
+    x.reshape(-1)[[0, -1]] = np.nan, -np.inf
+    out = cuda_place("relu", x)
+    assert out.dtype == dtype
+    wide = x.astype(np.float64)
+    np.testing.assert_array_equal(out.astype(np.float64), np.where(wide < 0, 0, wide))
+    by_x = cuda_place("relu_grad", grad, out)
+    assert by_x.dtype == dtype
+    np.testing.assert_array_equal(by_x, np.where(wide <= 0, np.zeros((), dtype), grad))
