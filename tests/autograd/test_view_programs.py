@@ -156,7 +156,7 @@ def check_by_differences(program: Any, gradients: Any) -> None:
         np.testing.assert_allclose((losses[0] - losses[1]) / 2e-6, slope, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=tuple(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=tuple(HealthCheck))  # pyright: ignore[reportArgumentType]
 @given(programs)
 @pytest.mark.filterwarnings("ignore:Use of .* on expanded tensors")
 def test_programs_of_views_and_writes(program):

@@ -125,7 +125,7 @@ def test_several_views_do_not_follow_their_base(library):
     first = base.unbind()[0]
     base.mul_(lib.ones(3, requires_grad=True))
     with pytest.raises(RuntimeError, match="multiple views"):
-        first * 2
+        _ = first * 2
 
 
 def test_a_value_that_a_view_shares_is_stale_after_a_write():
