@@ -43,9 +43,10 @@ struct Problem {
     int target_plane, target_line, target_pixel;  // from one target pixel of a part to the next
     int target_channels;
     int columns;  // channels of the target that a group computes
-    int column_blocks;
+    Divisor column_blocks;
     int weight_depth;                  // forward: elements of a column's weights
-    int weight_line;                   // gradient: from one source channel to the next
+    int weight_line;                   // gradient: from one source channel (of relaid weights: column) to the next
+    int weight_group;                  // gradient: from one group to the next
     int weight_step_y, weight_step_x;  // gradient: from tap to tap
 };
 
@@ -114,7 +115,6 @@ template <typename Slab>
 struct PixelLoader {
     typedef typename Slab::T T;
     static constexpr int READ_AHEAD = Slab::COUNT < 4 ? Slab::COUNT : 4;
-    const T* const source;
     const Row* const rows;
     int a = 0, b = 0, channel;  // where this thread's chunk of the next slab starts
     const T* tap;               // the same in the source, less what row it is
@@ -122,7 +122,7 @@ struct PixelLoader {
     const Part& part;
 
     DEVICE PixelLoader(const T* source, const Row* rows, const Problem& problem, const Part& part)
-        : source(source), rows(rows), problem(problem), part(part) {
+        : rows(rows), problem(problem), part(part) {
         channel = Slab::chunk() * CHUNK<T>;
         while (channel >= problem.padded_channels) {
             channel -= problem.padded_channels;
@@ -131,7 +131,7 @@ struct PixelLoader {
                 ++a;
             }
         }
-        find_tap();
+        tap = source + distance(a, b, channel);
     }
 
     DEVICE void copy(unsigned char* slab) {
@@ -148,27 +148,32 @@ struct PixelLoader {
                 copy_async<CHUNK_BYTES>(Slab::destination(slab, first + i), tap + read[i].source, inside);
             }
         }
+        int moved = distance(part.advance_y, part.advance_x, part.advance_channels);
         channel += part.advance_channels;
         b += part.advance_x;
         if (channel >= problem.padded_channels) {
             channel -= problem.padded_channels;
             ++b;
+            moved += distance(0, 1, -problem.padded_channels);
         }
         a += part.advance_y;
         if (b >= part.taps_x) {
             b -= part.taps_x;
             ++a;
+            moved += distance(1, -part.taps_x, 0);
         }
-        find_tap();
+        tap += moved;
     }
 
 private:
-    DEVICE void find_tap() {
-        tap = source + ((a * problem.step_y * problem.width + b * problem.step_x) * problem.pixel + channel);
+    // Elements of the source from one tap and channel to another.
+    DEVICE int distance(int lines, int columns, int channels) const {
+        return (lines * problem.step_y * problem.width + columns * problem.step_x) * problem.pixel + channels;
     }
 };
 
-// Operand b of the gradient: the weights of one tap after the other, by source channel and column, as they lie.
+// Operand b of the gradient: the weights of one tap after the other, by source channel and column, as they lie or,
+// DEPTHWISE, by column, tap and source channel (see relay_weight).
 template <typename Slab>
 struct TapLoader {
     typedef typename Slab::T T;
@@ -185,7 +190,8 @@ struct TapLoader {
         matrix.copy(slab);
         if (matrix.depth_left + Slab::depth(0) > 0) return;  // of the tap, the same in all threads
         matrix.depth_left += problem.padded_channels;
-        matrix.address += problem.weight_step_x - (long long)problem.padded_channels * problem.weight_line;
+        const int depth_stride = Slab::LAYOUT == Layout::DEPTHWISE ? 1 : problem.weight_line;
+        matrix.address += problem.weight_step_x - (long long)problem.padded_channels * depth_stride;
         if (++b == part.taps_x) {
             b = 0;
             matrix.address += problem.weight_step_y - part.taps_x * problem.weight_step_x;
@@ -304,10 +310,10 @@ DEVICE Moments column_moments(const Tile& tile, Moments* shared, int rows) {
     return merged;
 }
 
-// Blocks of 128 threads that a multiprocessor holds at a time, by the sums of one warp: registers suffice for so
-// many, and shared memory does not for more.
+// Blocks that a multiprocessor holds at a time: registers suffice for so many, and shared memory not for more.
 constexpr int RESIDENT_128_X_64 = __CUDA_ARCH__ >= 900 ? 3 : 2;
-template <int SUMS> constexpr int RESIDENT_BLOCKS = SUMS == 64 * 64 ? 2 : SUMS == 64 * 32 ? RESIDENT_128_X_64 : 4;
+template <int WARP_ROWS, int WARP_COLUMNS>
+constexpr int RESIDENT_BLOCKS = WARP_ROWS == 32 ? 4 : WARP_COLUMNS == 32 ? RESIDENT_128_X_64 : 2;
 
 // ---- kernels ----------------------------------------------------------------------------------------------
 
@@ -317,9 +323,24 @@ struct Place {
     int row_block, first_column, group;
 
     DEVICE explicit Place(const Problem& problem)
-        : row_block(blockIdx.x / problem.column_blocks),
-          first_column(blockIdx.x % problem.column_blocks * Tile::COLUMNS), group(blockIdx.y) {}
+        : row_block(divide(blockIdx.x, problem.column_blocks)),
+          first_column((blockIdx.x - row_block * problem.column_blocks.divisor) * Tile::COLUMNS), group(blockIdx.y) {}
 };
+
+// The tile of a convolution; warps of 16 rows say that warpgroups multiply.
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_B>
+struct TileFor {
+    typedef Tile<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE, LAYOUT_B> Type;
+};
+template <typename T, int ROWS, int COLUMNS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_B>
+struct TileFor<T, ROWS, COLUMNS, 16, WARP_COLUMNS, STAGES, LAYOUT_B> {
+    static_assert(COLUMNS == 128 && WARP_COLUMNS == 128);
+    typedef WarpgroupTile<T, ROWS, STAGES, LAYOUT_B> Type;
+};
+
+// How the gradient reads weights: as they lie, but warpgroups have float32 depthwise.
+template <typename T, int WARP_ROWS>
+constexpr Layout WEIGHT_LAYOUT = WARP_ROWS == 16 && sizeof(T) == 4 ? Layout::DEPTHWISE : Layout::CROSSWISE;
 
 // out (N, P, Q, K) = x (N, H, W, C) * weight (K, R, S, C / groups) + bias (K) + residual (N, P, Q, K), the last
 // two null or given, bias as float32 or in T. relu: negative results become 0.
@@ -327,11 +348,11 @@ struct Place {
 // the sums before bias, residual, relu and rounding to T.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, bool MOMENTS>
 __global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
-                                  RESIDENT_BLOCKS<WARP_ROWS * WARP_COLUMNS>)
+                                  RESIDENT_BLOCKS<WARP_ROWS, WARP_COLUMNS>)
 conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void* __restrict__ bias,
                long long bias_is_float, const T* __restrict__ residual, long long relu, T* __restrict__ out,
                float* __restrict__ partials, const __grid_constant__ ForwardProblem given) {
-    typedef Tile<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE, Layout::DEPTHWISE> ConvTile;
+    typedef typename TileFor<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE>::Type ConvTile;
     const Problem& problem = given.problem;
     const Part& part = given.part;
     unsigned char* const shared = dynamic_shared_memory<unsigned char>();
@@ -386,10 +407,11 @@ conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void
 // out (N, H, W, C) = the gradient of the above by x, for grad (N, P, Q, K), + onto (N, H, W, C), null or given.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES>
 __global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
-                                  RESIDENT_BLOCKS<WARP_ROWS * WARP_COLUMNS>)
+                                  RESIDENT_BLOCKS<WARP_ROWS, WARP_COLUMNS>)
 conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, const T* __restrict__ onto,
                   T* __restrict__ out, const __grid_constant__ GradientProblem given) {
-    typedef Tile<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE, Layout::CROSSWISE> ConvTile;
+    typedef typename TileFor<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, WEIGHT_LAYOUT<T, WARP_ROWS>>::Type
+        ConvTile;
     const Problem& problem = given.problem;
     unsigned char* const shared = dynamic_shared_memory<unsigned char>();
     RowTable<ROWS>& table = *reinterpret_cast<RowTable<ROWS>*>(shared + ConvTile::SHARED_BYTES);
@@ -401,7 +423,7 @@ conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, cons
 
     PixelLoader<typename ConvTile::SlabA> pixels(grad + place.group * problem.channels, table.rows, problem, part);
     TapLoader<typename ConvTile::SlabB> weights(
-        weight + (long long)place.group * problem.channels * problem.weight_line + part.first_tap,
+        weight + (long long)place.group * problem.weight_group + part.first_tap,
         place.first_column, problem, part);
     ConvTile tile;
     tile.compute(shared, pixels, weights, part.slabs);
@@ -504,4 +526,40 @@ merge_slices(const double* __restrict__ slices, double* __restrict__ moments, lo
     }
     sums = sum_of_column(sums);
     if (threadIdx.y == 0 && channel < channels) finish(sums, rows, moments + channel, moments + channels + channel);
+}
+
+// ---- weights for warpgroups ----------------------------------------------------------------------------------
+
+DEVICE float as_tf32(float value) {
+    return __uint_as_float(round_to_tf32(__float_as_uint(value)) & 0xffffe000u);
+}
+
+// out = weight rounded to tf32.
+__global__ void round_weight(const float* __restrict__ weight, float* __restrict__ out, long long size) {
+    const long long index = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (index < size) out[index] = as_tf32(weight[index]);
+}
+
+constexpr int RELAY_TILE = 32, RELAY_LINES = 8;
+
+// out (groups, C / groups, taps, K / groups) = weight (groups, K / groups, taps, C / groups), rounded to tf32.
+// Grid: (C / groups / RELAY_TILE, K / groups / RELAY_TILE, groups * taps), block: (RELAY_TILE, RELAY_LINES).
+__global__ void relay_weight(const float* __restrict__ weight, float* __restrict__ out, long long taps,
+                             long long sources, long long columns) {
+    __shared__ float tile[RELAY_TILE][RELAY_TILE + 1];
+    const long long group = blockIdx.z / taps, tap = blockIdx.z % taps;
+    const long long first_column = (long long)blockIdx.x * RELAY_TILE, first_source = (long long)blockIdx.y * RELAY_TILE;
+    for (int i = threadIdx.y; i < RELAY_TILE; i += RELAY_LINES) {
+        const long long source = first_source + i, column = first_column + threadIdx.x;
+        if (source < sources && column < columns) {
+            tile[i][threadIdx.x] = as_tf32(weight[((group * sources + source) * taps + tap) * columns + column]);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.y; i < RELAY_TILE; i += RELAY_LINES) {
+        const long long column = first_column + i, source = first_source + threadIdx.x;
+        if (source < sources && column < columns) {
+            out[((group * columns + column) * taps + tap) * sources + source] = tile[threadIdx.x][i];
+        }
+    }
 }

@@ -33,6 +33,7 @@ MAXIMUM_TAPS = 15  # of conv2d.cu, as MAXIMUM_PARTS
 MAXIMUM_PARTS = 16
 MAXIMUM_ELEMENTS = 1 << 31  # of an array: offsets in it are of 32 bits
 MERGE_BLOCK = (32, 16)
+RELAY_BLOCK = (32, 8)
 ONE_MERGE = 512  # blocks whose moments one pass merges; beyond, a slice merges at least
 MERGED_BLOCKS = 64  # so many, and there are at most
 MAXIMUM_SLICES = 64
@@ -54,8 +55,9 @@ _PROBLEM = np.dtype(
         *((name, np.int32) for name in ("padded_channels", "scale_y", "scale_x")),
         *((name, np.int32) for name in ("step_y", "step_x", "target_plane", "target_line")),
         *((name, np.int32) for name in ("target_pixel", "target_channels", "columns")),
-        *((name, np.int32) for name in ("column_blocks", "weight_depth", "weight_line")),
-        *((name, np.int32) for name in ("weight_step_y", "weight_step_x")),
+        ("column_blocks", _DIVISOR),
+        *((name, np.int32) for name in ("weight_depth", "weight_line")),
+        *((name, np.int32) for name in ("weight_group", "weight_step_y", "weight_step_x")),
     ]
 )
 _FORWARD = np.dtype([("problem", _PROBLEM), ("part", _PART)])
@@ -64,8 +66,11 @@ _GRADIENT = np.dtype(
 )
 
 
-# Each with its share of the tensor cores' peak: smaller tiles load more for each product.
+# Each with its share of the tensor cores' peak: smaller tiles load more for each product. Warps of 16
+# rows multiply as warpgroups, which only one architecture has.
+WARPGROUP_ARCHITECTURE = 90
 TILES = {
+    TensorTile(128, 128, 16, 128, 3): 1.3,
     TensorTile(128, 128, 64, 64, 3): 1.0,
     TensorTile(256, 64, 64, 64, 2): 0.9,
     TensorTile(128, 64, 64, 32, 3): 0.75,
@@ -76,6 +81,15 @@ TILES = {
 def shared_bytes(tile: TensorTile) -> int:
     """Return the size of a tile's stages and its table of rows."""
     return tile.shared_bytes + tile.rows * ROW_BYTES
+
+
+def by_warpgroups(tile: TensorTile) -> bool:
+    return tile.warp_rows == 16
+
+
+def _relays(tile: TensorTile, itemsize: int) -> bool:
+    """Return whether gradients by the input read float32 weights relaid: warpgroups need them so."""
+    return by_warpgroups(tile) and itemsize == 4
 
 
 def _instances() -> Iterator[str]:
@@ -91,14 +105,20 @@ def _parameters(element: str, tile: TensorTile) -> str:
 
 
 # All that may be compiled: source and names of kernels.
-KERNELS = {SOURCE: (*_instances(), "merge_moments", "sum_moments", "merge_slices")}
+_OTHERS = ("merge_moments", "sum_moments", "merge_slices", "round_weight", "relay_weight")
+KERNELS = {SOURCE: (*_instances(), *_OTHERS)}
 
 
 class PreparedWeight(NamedTuple):
-    """A weight as the forward kernels read it; tensor_cores says which of them."""
+    """A weight as the forward kernels read it.
+
+    tensor_cores says which kernels. Warpgroups need float32 weights that are rounded to tf32; to
+    the others it is the same, since they round themselves.
+    """
 
     data: Array
     tensor_cores: bool
+    is_rounded: bool = False
 
 
 # ---- the seam's functions -----------------------------------------------------------------------
@@ -116,7 +136,7 @@ def conv2d(
     prepared = _prepared(weight, geometry)
     if not prepared.tensor_cores:
         return conv2d_plain.forward(x, prepared.data, bias, geometry, residual, relu)
-    return from_nhwc(_forward(x, prepared.data, bias, geometry, residual, relu))
+    return from_nhwc(_forward(x, prepared, bias, geometry, residual, relu))
 
 
 def conv2d_moments(
@@ -126,13 +146,15 @@ def conv2d_moments(
     several = geometry.batch != next(_image_slices(geometry), slice(0, 0)).stop
     if not prepared.tensor_cores or several:
         return _moments_of(conv2d(x, weight, bias, geometry))
-    out, moments = _forward_with_moments(x, prepared.data, bias, geometry)
+    out, moments = _forward_with_moments(x, prepared, bias, geometry)
     return from_nhwc(out), moments[0], moments[1]
 
 
 def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> PreparedWeight:
     prepared = _prepared(weight, geometry)
-    return PreparedWeight(prepared.data.copy(), prepared.tensor_cores)
+    if prepared.tensor_cores and weight.dtype == np.float32:
+        return PreparedWeight(_rounded(prepared.data), tensor_cores=True, is_rounded=True)
+    return prepared._replace(data=prepared.data.copy())
 
 
 def conv2d_grad_input(
@@ -162,7 +184,8 @@ def _launch_gradient(
     grad, _, onto, out = arrays
     plan = _grad_input_plan(geometry, grad.dtype.itemsize, device_limits(), tile)
     name = f"conv2d_grad_input<{_parameters(c_name(grad.dtype), plan.tile)}>"
-    arguments = (grad, weight, onto, out, plan.record)
+    read = _relaid(weight, geometry) if _relays(plan.tile, grad.dtype.itemsize) else weight
+    arguments = (grad, read, onto, out, plan.record)
     kernel(SOURCE, name)(plan.grid, (plan.tile.threads,), arguments, shared_bytes(plan.tile))
 
 
@@ -192,7 +215,7 @@ def _prepared(weight: Any, geometry: Conv2dGeometry) -> PreparedWeight:
 
 def _forward(
     x: Array,
-    weight: Array,
+    weight: PreparedWeight,
     bias: Array | None,
     geometry: Conv2dGeometry,
     residual: Array | None,
@@ -209,7 +232,7 @@ def _forward(
 
 
 def _forward_with_moments(
-    x: Array, weight: Array, bias: Array | None, geometry: Conv2dGeometry
+    x: Array, weight: PreparedWeight, bias: Array | None, geometry: Conv2dGeometry
 ) -> tuple[Array, Array]:
     """Give the result (N, P, Q, K), and mean and variance (2, K) of its channels in float64."""
     arrays = _forward_arrays(x, bias, geometry, None)
@@ -251,7 +274,7 @@ def _forward_arrays(
 
 
 def _launch_forward(
-    weight: Array,
+    weight: PreparedWeight,
     geometry: Conv2dGeometry,
     arrays: _Arrays,
     relu: bool,
@@ -260,10 +283,12 @@ def _launch_forward(
 ) -> None:
     x, bias, residual, out = arrays
     plan = _forward_plan(geometry, x.dtype.itemsize, device_limits(), tile)
+    rounds = by_warpgroups(plan.tile) and x.dtype == np.float32 and not weight.is_rounded
+    data = _rounded(weight.data) if rounds else weight.data
     moments = "false" if partials is None else "true"
     name = f"conv2d_forward<{_parameters(c_name(x.dtype), plan.tile)}, {moments}>"
     bias_is_float = bias is not None and bias.dtype == np.float32
-    arguments = (x, weight, bias, int(bias_is_float), residual, int(relu), out, partials)
+    arguments = (x, data, bias, int(bias_is_float), residual, int(relu), out, partials)
     block, memory = (plan.tile.threads,), shared_bytes(plan.tile)
     kernel(SOURCE, name)(plan.grid, block, (*arguments, plan.record), memory)
 
@@ -271,6 +296,26 @@ def _launch_forward(
 def _aligned(array: Array) -> Array:
     """Give a contiguous array at a multiple of 16 bytes: nearly always itself."""
     return array.copy() if address(array) % CHUNK_BYTES else array
+
+
+def _rounded(weight: Array) -> Array:
+    """Round a contiguous weight of float32 to tf32, in new memory."""
+    out = array_module(weight).empty(weight.shape, weight.dtype)
+    arguments = (weight, out, weight.size)
+    kernel(SOURCE, "round_weight")((-(-weight.size // 256),), (256,), arguments)
+    return out
+
+
+def _relaid(weight: Array, geometry: Conv2dGeometry) -> Array:
+    """Lay (K, R, S, C / groups) out as (groups, C / groups, R, S, K / groups), rounded to tf32."""
+    out = array_module(weight).empty(weight.shape, weight.dtype)
+    outputs, channels, height, width = geometry.weight_shape
+    outputs //= geometry.groups
+    tile, lines = RELAY_BLOCK
+    grid = (-(-channels // tile), -(-outputs // tile), geometry.groups * height * width)
+    arguments = (weight, out, height * width, outputs, channels)
+    kernel(SOURCE, "relay_weight")(grid, (tile, lines), arguments)
+    return out
 
 
 def _merged(partials: Array, out: Array, rows: int) -> Array:
@@ -409,7 +454,7 @@ def _timed_tile(
     """Return the tile that took least, where the user lets tiles be timed, else None."""
     if not settings.cuda.benchmark:
         return None
-    tiles = [tile for tile in TILES if shared_bytes(tile) <= device_limits().shared_bytes]
+    tiles = _possible_tiles(device_limits())
     return tuning.fastest((name, geometry, arrays.x.dtype.name), tiles, run)
 
 
@@ -420,7 +465,16 @@ def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> Tensor
         blocks = covering(tile, rows, columns) * groups
         return -(-blocks // limits.multiprocessors) * tile.rows * tile.columns / TILES[tile]
 
-    return min((tile for tile in TILES if shared_bytes(tile) <= limits.shared_bytes), key=time)
+    return min(_possible_tiles(limits), key=time)
+
+
+def _possible_tiles(limits: Limits) -> list[TensorTile]:
+    has_warpgroups = limits.architecture == WARPGROUP_ARCHITECTURE
+    return [
+        tile
+        for tile in TILES
+        if shared_bytes(tile) <= limits.shared_bytes and (has_warpgroups or not by_warpgroups(tile))
+    ]
 
 
 @lru_cache(CACHED_GEOMETRIES)
@@ -449,14 +503,15 @@ def _forward_plan(
         target_pixel=outputs,
         target_channels=outputs,
         columns=columns,
-        column_blocks=-(-columns // tile.columns),
         weight_depth=geometry.kernel_height * geometry.kernel_width * channels,
     )
     _fill_part(part, (batch, height, width))
     _fill(part, origin=(-geometry.padding[0][0], -geometry.padding[1][0]))
     _fill_taps(part, (geometry.kernel_height, geometry.kernel_width), channels, itemsize)
+    column_blocks = -(-columns // tile.columns)
+    problem["column_blocks"] = _divisor(column_blocks)
     row_blocks = -(-pixels // tile.rows)
-    grid = (row_blocks * int(problem["column_blocks"]), given.groups)
+    grid = (row_blocks * column_blocks, given.groups)
     return _Plan(tile, grid, row_blocks, record)
 
 
@@ -496,8 +551,11 @@ def _grad_input_plan(
     tile = tile or _choose_tile(batch * height * width, columns, geometry.groups, limits)
     record = np.zeros((), _GRADIENT)
     problem = record["problem"]
-    down, across = _fill_gradient_problem(problem, geometry, itemsize)
-    problem["column_blocks"] = -(-columns // tile.columns)
+    # elements from one tap of the weight to the next, as it lies or relaid
+    tap = geometry.out_channels // geometry.groups if _relays(tile, itemsize) else columns
+    down, across = _fill_gradient_problem(problem, geometry, itemsize, tap)
+    column_blocks = -(-columns // tile.columns)
+    problem["column_blocks"] = _divisor(column_blocks)
     # the deepest first: shallow ones fill the gaps at the end
     parts = sorted(((y, x) for y in down for x in across), key=lambda p: -p[0].taps * p[1].taps)
     row_blocks = 0
@@ -509,17 +567,17 @@ def _grad_input_plan(
             part,
             first_block=row_blocks,
             origin=(y.origin, x.origin),
-            first_tap=(y.first_tap * geometry.kernel_width + x.first_tap) * columns,
+            first_tap=(y.first_tap * geometry.kernel_width + x.first_tap) * tap,
             first_target=(y.first * width + x.first) * channels,
         )
         row_blocks += -(-int(part["pixels"]) // tile.rows)
     record["parts"] = len(parts)
-    grid = (row_blocks * int(problem["column_blocks"]), geometry.groups)
+    grid = (row_blocks * column_blocks, geometry.groups)
     return _Plan(tile, grid, row_blocks, record)
 
 
 def _fill_gradient_problem(
-    problem: Any, geometry: Conv2dGeometry, itemsize: int
+    problem: Any, geometry: Conv2dGeometry, itemsize: int, tap: int
 ) -> tuple[list[_Residue], list[_Residue]]:
     """Set all but the blocks of columns; give the residues of rows and of columns of x."""
     _, channels, height, width = geometry.input_shape
@@ -544,9 +602,10 @@ def _fill_gradient_problem(
         target_pixel=step_across * channels,
         target_channels=channels,
         columns=columns,
-        weight_line=geometry.kernel_height * kernel_width * columns,
-        weight_step_y=tap_y * kernel_width * columns,
-        weight_step_x=tap_x * columns,
+        weight_line=geometry.kernel_height * kernel_width * tap,
+        weight_group=geometry.kernel_height * kernel_width * columns * sources,
+        weight_step_y=tap_y * kernel_width * tap,
+        weight_step_x=tap_x * tap,
     )
     return down, across
 

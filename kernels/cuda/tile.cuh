@@ -41,12 +41,20 @@ template <> struct TensorCore<float16> {
     static DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
         multiply_float16(d, a, b);
     }
+    template <bool PANELS_B>
+    static DEVICE void multiply_groups(float (&d)[16][4], uint64_t a, uint64_t b) {
+        warpgroup_multiply_float16<PANELS_B>(d, a, b);
+    }
 };
 
 template <> struct TensorCore<bfloat16> {
     static DEVICE uint32_t prepare(uint32_t bits) { return bits; }
     static DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
         multiply_bfloat16(d, a, b);
+    }
+    template <bool PANELS_B>
+    static DEVICE void multiply_groups(float (&d)[16][4], uint64_t a, uint64_t b) {
+        warpgroup_multiply_bfloat16<PANELS_B>(d, a, b);
     }
 };
 
@@ -98,36 +106,128 @@ struct Slab {
     }
 };
 
-// A tile of ROWS x COLUMNS; each warp computes WARP_ROWS x WARP_COLUMNS of it.
-template <typename Element, int ROWS_, int COLUMNS_, int WARP_ROWS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_A,
-          Layout LAYOUT_B>
-struct Tile {
-    typedef Element T;
-    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_;
+// The sums of a tile of ROWS x COLUMNS, as they lie in the registers of warps with WARP_ROWS x WARP_COLUMNS each,
+// made of instructions' results of 16 x 8. DEALT_ROWS and DEALT_COLUMNS: four neighbouring lines belong to
+// different instructions (float32, CROSSWISE; Slab::line_of_row).
+template <int ROWS_, int COLUMNS_, int WARP_ROWS_, int WARP_COLUMNS, bool DEALT_ROWS, bool DEALT_COLUMNS>
+struct TileSums {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARP_ROWS = WARP_ROWS_;
     static constexpr int WARPS_DOWN = ROWS / WARP_ROWS, WARPS_ACROSS = COLUMNS / WARP_COLUMNS;
     static constexpr int THREADS = WARPS_DOWN * WARPS_ACROSS * 32;
-    typedef Slab<T, LAYOUT_A, ROWS, THREADS, false> SlabA;
-    typedef Slab<T, LAYOUT_B, COLUMNS, THREADS, true> SlabB;
-    static constexpr int STAGE_BYTES = SlabA::BYTES + SlabB::BYTES;
-    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
     static constexpr int RUN = 8;  // neighbouring columns whose sums a thread can have in one row
-    static_assert(WARP_ROWS == 32 || WARP_ROWS == 64);
-    static_assert(WARP_COLUMNS == 32 || WARP_COLUMNS == 64);
-    static_assert(STAGES >= 2);
-
-    // Instructions compute 16 x 8 sums each.
     static constexpr int DOWN = WARP_ROWS / 16, ACROSS = WARP_COLUMNS / 8;
+    static constexpr int BLOCKS = ACROSS / 4;  // of 32 columns, in which a thread has a run in each of its rows
+
     float sums[DOWN][ACROSS][4];
 
     static DEVICE int lane() { return threadIdx.x % 32; }
     static DEVICE int warp_row() { return threadIdx.x / 32 / WARPS_ACROSS * WARP_ROWS; }
     static DEVICE int warp_column() { return threadIdx.x / 32 % WARPS_ACROSS * WARP_COLUMNS; }
 
+    // The row of sums[i][..][2 * half] and sums[i][..][2 * half + 1] in the tile.
+    static DEVICE int row_of(int i, int half) {
+        const int group = lane() / 4;
+        return warp_row() + (DEALT_ROWS ? i / 2 * 32 + group * 4 + i % 2 * 2 + half : i * 16 + half * 8 + group);
+    }
+
+    // The first column of this thread's runs in a block.
+    static DEVICE int column_of(int block) { return warp_column() + block * 32 + lane() % 4 * RUN; }
+
+    // Give the sums of one row, row_of(i, half), in columns column_of(block) to column_of(block) + RUN - 1.
+    DEVICE void get_run(int i, int half, int block, float (&values)[RUN]) const {
+        float pairs[4][2];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int element = 0; element < 2; ++element) pairs[j][element] = sums[i][4 * block + j][2 * half + element];
+        }
+        if constexpr (DEALT_COLUMNS) {  // element e of pair j of lane t is column 8t + 4e + j
+#pragma unroll
+            for (int v = 0; v < RUN; ++v) values[v] = pairs[v % 4][v / 4];
+        } else {  // pair j of lane t is columns 8j + 2t: hand pair j to lane j
+            exchange(pairs, 1);
+            exchange(pairs, 2);
+#pragma unroll
+            for (int v = 0; v < RUN; ++v) values[v] = pairs[v / 2][v % 2];
+        }
+    }
+
+    // Call visit(row, values) for every run of this thread in columns column_of(block) on. All threads of a warp
+    // must call it together; visit may be left early.
+    template <typename Visit>
+    DEVICE void for_each_run(int block, Visit visit) const {
+#pragma unroll
+        for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float values[RUN];
+                get_run(i, half, block, values);
+                visit(row_of(i, half), values);
+            }
+        }
+    }
+
+protected:
+    DEVICE void clear() {
+#pragma unroll
+        for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+            for (int j = 0; j < ACROSS; ++j) {
+#pragma unroll
+                for (int element = 0; element < 4; ++element) sums[i][j][element] = 0;
+            }
+        }
+    }
+
+private:
+    // Swap with the lane that differs in `bit` the pairs whose number differs from the own lane's in it.
+    static DEVICE void exchange(float (&pairs)[4][2], int bit) {
+        const bool upper = lane() & bit;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (j & bit) continue;
+#pragma unroll
+            for (int element = 0; element < 2; ++element) {
+                float& low = pairs[j][element];
+                float& high = pairs[j + bit][element];
+                const float received = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+                low = upper ? received : low;
+                high = upper ? high : received;
+            }
+        }
+    }
+};
+
+// ldmatrix and the tensor cores of warpgroups keep the order of lines where 16-bit elements are CROSSWISE.
+template <typename T, Layout LAYOUT_B> constexpr bool DEALS_COLUMNS = LAYOUT_B == Layout::DEPTHWISE || sizeof(T) == 4;
+
+// A tile by the instructions of single warps.
+template <typename Element, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_A,
+          Layout LAYOUT_B>
+struct Tile : TileSums<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, LAYOUT_A == Layout::CROSSWISE && sizeof(Element) == 4,
+                       DEALS_COLUMNS<Element, LAYOUT_B>> {
+    typedef Element T;
+    typedef TileSums<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, LAYOUT_A == Layout::CROSSWISE && sizeof(Element) == 4,
+                     DEALS_COLUMNS<Element, LAYOUT_B>>
+        Sums;
+    using Sums::ACROSS;
+    using Sums::DOWN;
+    using Sums::sums;
+    using Sums::warp_column;
+    using Sums::warp_row;
+    typedef Slab<T, LAYOUT_A, ROWS, Sums::THREADS, false> SlabA;
+    typedef Slab<T, LAYOUT_B, COLUMNS, Sums::THREADS, true> SlabB;
+    static constexpr int STAGE_BYTES = SlabA::BYTES + SlabB::BYTES;
+    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
+    static_assert(WARP_ROWS == 32 || WARP_ROWS == 64);
+    static_assert(WARP_COLUMNS == 32 || WARP_COLUMNS == 64);
+    static_assert(STAGES >= 2);
+
     // Compute the tile from `slabs` slabs of both operands. `shared` holds SHARED_BYTES at a multiple of 1024;
     // threads still read it when the first of them returns.
     template <typename LoaderA, typename LoaderB>
     DEVICE void compute(unsigned char* shared, LoaderA& a, LoaderB& b, int slabs) {
-        clear();
+        this->clear();
         if (slabs == 0) return;
 #pragma unroll
         for (int stage = 0; stage < STAGES - 1; ++stage) {
@@ -159,74 +259,13 @@ struct Tile {
         }
     }
 
-    // The row of sums[i][..][2 * half] and sums[i][..][2 * half + 1] in the tile.
-    static DEVICE int row_of(int i, int half) {
-        const int group = lane() / 4;
-        if constexpr (LAYOUT_A == Layout::CROSSWISE && sizeof(T) == 4) {
-            return warp_row() + i / 2 * 32 + group * 4 + i % 2 * 2 + half;
-        }
-        return warp_row() + i * 16 + half * 8 + group;
-    }
-
-    static constexpr int BLOCKS = ACROSS / 4;  // of 32 columns, in which a thread has a run in each of its rows
-
-    // The first column of this thread's runs in a block.
-    static DEVICE int column_of(int block) { return warp_column() + block * 32 + lane() % 4 * RUN; }
-
-    // Give the sums of one row, row_of(i, half), in columns column_of(block) to column_of(block) + RUN - 1.
-    DEVICE void get_run(int i, int half, int block, float (&values)[RUN]) const {
-        float pairs[4][2];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-            for (int element = 0; element < 2; ++element) pairs[j][element] = sums[i][4 * block + j][2 * half + element];
-        }
-        if constexpr (NATURAL_COLUMNS) {  // pair j of lane t is columns 8j + 2t: hand pair j to lane j
-            exchange(pairs, 1);
-            exchange(pairs, 2);
-#pragma unroll
-            for (int v = 0; v < RUN; ++v) values[v] = pairs[v / 2][v % 2];
-        } else {  // element e of pair j of lane t is column 8t + 4e + j
-#pragma unroll
-            for (int v = 0; v < RUN; ++v) values[v] = pairs[v % 4][v / 4];
-        }
-    }
-
-    // Call visit(row, values) for every run of this thread in columns column_of(block) on. All threads of a warp
-    // must call it together; visit may be left early.
-    template <typename Visit>
-    DEVICE void for_each_run(int block, Visit visit) const {
-#pragma unroll
-        for (int i = 0; i < DOWN; ++i) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float values[RUN];
-                get_run(i, half, block, values);
-                visit(row_of(i, half), values);
-            }
-        }
-    }
-
 private:
     static constexpr int STEPS = 4;  // instructions along a slab
     static constexpr int STEP_BYTES = SLAB_BYTES / STEPS;
-    // ldmatrix transposes chunks of 16-bit elements, and keeps the order of their lines
-    static constexpr bool NATURAL_COLUMNS = LAYOUT_B == Layout::CROSSWISE && sizeof(T) == 2;
 
     // What the instructions of one step read, twice: one step is loaded while the other is multiplied.
     uint32_t fragments_a[2][DOWN][4];
     uint32_t fragments_b[2][ACROSS][2];
-
-    DEVICE void clear() {
-#pragma unroll
-        for (int i = 0; i < DOWN; ++i) {
-#pragma unroll
-            for (int j = 0; j < ACROSS; ++j) {
-#pragma unroll
-                for (int element = 0; element < 4; ++element) sums[i][j][element] = 0;
-            }
-        }
-    }
 
     template <typename LoaderA, typename LoaderB>
     static DEVICE void copy(unsigned char* stage, LoaderA& a, LoaderB& b) {
@@ -240,7 +279,7 @@ private:
     }
 
     DEVICE void load_a(uint32_t (&fragments)[DOWN][4], const unsigned char* slab, int step) {
-        const int lane = Tile::lane();
+        const int lane = Sums::lane();
         if constexpr (LAYOUT_A == Layout::DEPTHWISE) {
             // matrices: rows 0-7, rows 8-15, and both again 16 bytes on
             const int offset = SlabA::offset(warp_row() + lane % 16, lane / 16) ^ step * STEP_BYTES;
@@ -272,7 +311,7 @@ private:
     }
 
     DEVICE void load_b(uint32_t (&fragments)[ACROSS][2], const unsigned char* slab, int step) {
-        const int lane = Tile::lane();
+        const int lane = Sums::lane();
         if constexpr (LAYOUT_B == Layout::DEPTHWISE) {
             // matrices: rows 0-7, the same 16 bytes on, then rows 8-15
             const int row = warp_column() + lane / 16 * 8 + lane % 8;
@@ -319,9 +358,9 @@ private:
     // Float32, CROSSWISE: lines 4g to 4g + 3 of 32, at depth t or, in the second half, t + 4 of a step.
     template <typename SlabType>
     static DEVICE uint4 load_lines(const unsigned char* slab, int first_line, int step, int half) {
-        const int row = lane() % 4;
+        const int row = Sums::lane() % 4;
         const int start = first_line / SlabType::PANEL * SLAB_DEPTH<T> + step * 8 + half * 4;  // key 0
-        const int offset = SlabType::offset(row, lane() / 4) + start * SLAB_BYTES;
+        const int offset = SlabType::offset(row, Sums::lane() / 4) + start * SLAB_BYTES;
         return *reinterpret_cast<const uint4*>(slab + offset);
     }
 
@@ -348,22 +387,96 @@ private:
             }
         }
     }
+};
 
-    // Swap with the lane that differs in `bit` the pairs whose number differs from the own lane's in it.
-    static DEVICE void exchange(float (&pairs)[4][2], int bit) {
-        const bool upper = lane() & bit;
+// The same by the instructions of warpgroups (sm_90a), of 64 rows each: rows of a are depthwise. Float32 of b must be
+// rounded to tf32 in memory, and depthwise. The multiprocessor should have two blocks: each drains the tensor cores
+// after every slab, so that its memory can be filled again two slabs ahead.
+template <typename Element, int ROWS, int STAGES, Layout LAYOUT_B>
+struct WarpgroupTile : TileSums<ROWS, 128, 16, 128, false, DEALS_COLUMNS<Element, LAYOUT_B>> {
+    typedef Element T;
+    typedef TileSums<ROWS, 128, 16, 128, false, DEALS_COLUMNS<Element, LAYOUT_B>> Sums;
+    using Sums::sums;
+    typedef Slab<T, Layout::DEPTHWISE, ROWS, Sums::THREADS, false> SlabA;
+    typedef Slab<T, LAYOUT_B, 128, Sums::THREADS, true> SlabB;
+    static constexpr int STAGE_BYTES = SlabA::BYTES + SlabB::BYTES;
+    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
+    static_assert(ROWS % 64 == 0 && STAGES >= 2);
+    static_assert(sizeof(T) == 2 || LAYOUT_B == Layout::DEPTHWISE);
+
+    // As Tile::compute.
+    template <typename LoaderA, typename LoaderB>
+    DEVICE void compute(unsigned char* shared, LoaderA& a, LoaderB& b, int slabs) {
+        this->clear();
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (j & bit) continue;
+        for (int stage = 0; stage < STAGES - 1; ++stage) {
+            if (stage < slabs) copy(shared + stage * STAGE_BYTES, a, b);
+            commit_copies();
+        }
+        unsigned char* const end = shared + SHARED_BYTES;
+        unsigned char* reading = shared;
+        unsigned char* writing = end - STAGE_BYTES;
+        for (int slab = 0; slab < slabs; ++slab) {
+            wait_copies<STAGES - 2>();
+            show_to_products();
+            __syncthreads();  // this slab has landed, and all products of the last one are done
+            multiply(reading);
+            if (slab + STAGES - 1 < slabs) copy(writing, a, b);
+            commit_copies();
+            wait_products<0>();
+            reading = reading + STAGE_BYTES == end ? shared : reading + STAGE_BYTES;
+            writing = writing + STAGE_BYTES == end ? shared : writing + STAGE_BYTES;
+        }
+    }
+
+private:
+    static constexpr int STEPS = 4;  // instructions along a slab
+    static constexpr int STEP_BYTES = SLAB_BYTES / STEPS;
+
+    uint32_t fragments[STEPS][4];  // of a, where it goes through registers to be rounded
+
+    template <typename LoaderA, typename LoaderB>
+    static DEVICE void copy(unsigned char* stage, LoaderA& a, LoaderB& b) {
+        a.copy(stage);
+        b.copy(stage + SlabA::BYTES);
+    }
+
+    // Issue the products of a slab.
+    DEVICE void multiply(const unsigned char* stage) {
+        const unsigned char* const slab_b = stage + SlabA::BYTES;
+        if constexpr (sizeof(T) == 4) {
+            const int lane = Sums::lane();
 #pragma unroll
-            for (int element = 0; element < 2; ++element) {
-                float& low = pairs[j][element];
-                float& high = pairs[j + bit][element];
-                const float received = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
-                low = upper ? received : low;
-                high = upper ? high : received;
+            for (int step = 0; step < STEPS; ++step) {
+                const int offset = SlabA::offset(Sums::warp_row() + lane % 16, lane / 16) ^ step * STEP_BYTES;
+                load_matrices(fragments[step], stage + offset);
+            }
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) fragments[step][i] = round_to_tf32(fragments[step][i]);
+            }
+            const uint64_t b = warpgroup_operand(slab_b);
+            begin_products();
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                warpgroup_multiply_tf32(sums[0], fragments[step], b + step * (STEP_BYTES >> 4));
+            }
+        } else {
+            constexpr bool PANELS = LAYOUT_B == Layout::CROSSWISE;
+            // the same in all threads, and said so: an operand is in a uniform register
+            const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+            const uint64_t a = warpgroup_operand(stage + warpgroup * 64 * SLAB_BYTES);
+            const uint64_t b = PANELS ? warpgroup_operand_of_panels(slab_b, SLAB_DEPTH<T> * SLAB_BYTES)
+                                      : warpgroup_operand(slab_b);
+            constexpr int STEP_B = PANELS ? 16 * SLAB_BYTES >> 4 : STEP_BYTES >> 4;
+            begin_products();
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                TensorCore<T>::template multiply_groups<PANELS>(sums[0], a + step * (STEP_BYTES >> 4), b + step * STEP_B);
             }
         }
+        commit_products();
     }
 };
 

@@ -57,6 +57,7 @@ struct Fiber : Thread {
     Site waits_at;
     std::vector<Copy> copies;  // issued and not landed, oldest first
     std::vector<int> groups;   // committed: how many of the copies each one closes
+    bool hidden;               // copies have landed that products of a warpgroup may not see yet
 };
 
 // The lanes of a warp that wait for each other at one instruction.
@@ -381,6 +382,123 @@ uint32_t as_bits(float value) {
     return bits;
 }
 
+// ---- warpgroups ---------------------------------------------------------------------------------------
+
+constexpr int GROUP_THREADS = 128, GROUP_ROWS = 64, GROUP_COLUMNS = 128;
+
+// What one thread hands to a product.
+struct GroupDeposit {
+    float* d;
+    const uint32_t* a_registers;
+    uint64_t a, b;
+};
+
+struct GroupProduct {
+    Elements elements;
+    bool panels_b;
+    GroupDeposit threads[GROUP_THREADS];
+};
+
+struct Warpgroup {
+    int arrived;
+    const char* instruction;
+    Site site;
+    const GroupDeposit* deposits[GROUP_THREADS];
+    std::vector<GroupProduct> products;  // issued and not done, oldest first
+    std::vector<int> groups;             // committed: how many of the products each one closes
+};
+
+Warpgroup warpgroups[MAX_THREADS / GROUP_THREADS];
+
+// Every thread of the warpgroup leaves a deposit; the last one to come runs `work(warpgroup)`.
+template <typename Work>
+void meet_warpgroup(const char* instruction, const GroupDeposit* deposit, Site site, Work work) {
+    Fiber* fiber = static_cast<Fiber*>(current);
+    Warpgroup& group = warpgroups[fiber->rank / GROUP_THREADS];
+    const int first = fiber->rank / GROUP_THREADS * GROUP_THREADS;
+    if (first + GROUP_THREADS > thread_count) fail(site, "%s: the last warpgroup is not whole", instruction);
+    if (group.arrived && (group.instruction != instruction || !same(group.site, site)))
+        fail(site, "the warpgroup has diverged: %s meets %s at %s", instruction, group.instruction,
+             name(group.site).c_str());
+    group.instruction = instruction;
+    group.site = site;
+    group.deposits[fiber->rank - first] = deposit;
+    fiber->waits_at = site;
+    if (++group.arrived == GROUP_THREADS) {
+        work(group);
+        group.arrived = 0;
+        Fiber* all[GROUP_THREADS];
+        for (int i = 0; i < GROUP_THREADS; ++i) all[i] = &fibers[first + i];
+        release(all, GROUP_THREADS);
+    }
+    give_way();
+}
+
+// Where an operand's element lies: along the depth and across lines in bytes, before chunks change places.
+const unsigned char* operand_byte(uint64_t operand, int line_offset, int depth_offset) {
+    uint32_t address = uint32_t(operand & 0x3fff) << 4;
+    address += line_offset + depth_offset;
+    address ^= (address >> 7 & 7) << 4;
+    return dynamic_shared + (address - SHARED_ALIGNMENT);
+}
+
+const unsigned char* operand_element(uint64_t operand, int line, int depth, int bytes, bool panels) {
+    const int along = int(operand >> 16 & 0x3fff) << 4, eight_rows = int(operand >> 32 & 0x3fff) << 4;
+    if (panels) {
+        const int lines = 128 / bytes;
+        return operand_byte(operand, line / lines * along + line % lines * bytes,
+                            depth / 8 * eight_rows + depth % 8 * 128);
+    }
+    return operand_byte(operand, line / 8 * eight_rows + line % 8 * 128, depth * bytes);
+}
+
+float element_value(Elements elements, const unsigned char* at) {
+    if (elements == Elements::TF32) {
+        uint32_t bits;
+        memcpy(&bits, at, 4);
+        return as_float(bits & 0xffffe000u);
+    }
+    uint16_t bits;
+    memcpy(&bits, at, 2);
+    return elements == Elements::FLOAT16 ? float16_bits_to_float(bits) : as_float(uint32_t(bits) << 16);
+}
+
+void run_product(const GroupProduct& product) {
+    const bool tf32 = product.elements == Elements::TF32;
+    const int bytes = tf32 ? 4 : 2, depths = 32 / bytes;
+    static float a[GROUP_ROWS][16], b[16][GROUP_COLUMNS];
+    const GroupDeposit& first = product.threads[0];
+    for (int row = 0; row < GROUP_ROWS && !tf32; ++row)
+        for (int k = 0; k < depths; ++k)
+            a[row][k] = element_value(product.elements, operand_element(first.a, row, k, bytes, false));
+    for (int thread = 0; thread < GROUP_THREADS && tf32; ++thread)
+        for (int i = 0; i < 4; ++i)
+            a[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8][thread % 4 + i / 2 * 4] =
+                as_float(product.threads[thread].a_registers[i] & 0xffffe000u);
+    for (int column = 0; column < GROUP_COLUMNS; ++column)
+        for (int k = 0; k < depths; ++k)
+            b[k][column] = element_value(product.elements,
+                                         operand_element(first.b, column, k, bytes, product.panels_b));
+    for (int row = 0; row < GROUP_ROWS; ++row) {
+        static float sums[GROUP_COLUMNS];
+        auto of_column = [&](int column) -> float& {
+            const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+            return product.threads[thread].d[column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
+        };
+        for (int column = 0; column < GROUP_COLUMNS; ++column) sums[column] = of_column(column);
+        for (int k = 0; k < depths; ++k)
+            for (int column = 0; column < GROUP_COLUMNS; ++column) sums[column] += a[row][k] * b[k][column];
+        for (int column = 0; column < GROUP_COLUMNS; ++column) of_column(column) = sums[column];
+    }
+}
+
+// The chunks of 16 bytes that a product reads are noted as read by the threads that issue it, in equal parts.
+void watch_operand(uint64_t operand, int lines, bool panels, const void* caller) {
+    const int across = panels ? lines / 8 : lines, along = panels ? 16 : 2, bytes = panels ? 2 : 16;
+    for (int chunk = current->rank % GROUP_THREADS; chunk < across * along; chunk += GROUP_THREADS)
+        watch_row(operand_element(operand, chunk / along * (panels ? 8 : 1), chunk % along, bytes, panels), caller);
+}
+
 // ---- faults -------------------------------------------------------------------------------------------
 
 constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
@@ -457,6 +575,7 @@ void prepare_thread(int rank) {
     fiber.waits_at = {"the kernel's start", 0};
     fiber.copies.clear();
     fiber.groups.clear();
+    fiber.hidden = false;
     // Stacks that all ended at a multiple of 256 KB would share one set of each cache.
     const size_t color = size_t(rank % 61) * 1088 + 64;
     prepare_context(fiber, stacks + STACK_BYTES * (rank + 1) - color, run_thread);
@@ -468,6 +587,7 @@ void run_block() {
     memset(launch_now.static_begin, POISON, launch_now.static_end - launch_now.static_begin);
     memset(meetings, 0, sizeof meetings);
     memset(warp_epochs, 0, sizeof warp_epochs);
+    for (Warpgroup& group : warpgroups) group = {};
     block_epoch = 0;
     at_barrier.clear();
     ready.clear();
@@ -639,6 +759,7 @@ void wait_copies(int pending) {
     fiber->groups.erase(fiber->groups.begin(), first_left);
     for (auto copy = fiber->copies.begin(); copy != fiber->copies.begin() + landing; ++copy) {
         if (settings.lazy_copies) land(*copy);
+        fiber->hidden = true;
         if (launch_now.watched) watch_landed_copy(copy->destination, copy->bytes, copy->caller);
     }
     fiber->copies.erase(fiber->copies.begin(), fiber->copies.begin() + landing);
@@ -691,6 +812,47 @@ void multiply_float16(float* d, const uint32_t* a, const uint32_t* b, Site site)
 void multiply_bfloat16(float* d, const uint32_t* a, const uint32_t* b, Site site) {
     multiply_16_bit("multiply_bfloat16", {d, a, b}, site,
                     [](uint16_t bits) { return as_float(uint32_t(bits) << 16); });
+}
+
+void show_to_products() { static_cast<Fiber*>(current)->hidden = false; }
+
+void multiply_warpgroup(Elements elements, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
+                        bool panels_b, Site site) {
+    const GroupDeposit deposit{d, a_registers, a, b};
+    if (launch_now.watched) {
+        if (!a_registers) watch_operand(a, GROUP_ROWS, false, __builtin_return_address(0));
+        watch_operand(b, GROUP_COLUMNS, panels_b, __builtin_return_address(0));
+    }
+    meet_warpgroup("warpgroup_multiply", &deposit, site, [&](Warpgroup& group) {
+        ++statistics.products;
+        GroupProduct product{elements, panels_b, {}};
+        for (int i = 0; i < GROUP_THREADS; ++i) {
+            product.threads[i] = *group.deposits[i];
+            if (product.threads[i].a != a || product.threads[i].b != b)
+                fail(site, "the threads of a warpgroup name different operands");
+        }
+        for (int i = 0; i < thread_count; ++i)
+            if (fibers[i].hidden) fail(site, "thread %d has not shown its copies to products", i);
+        if (settings.lazy_copies) run_product(product);
+        group.products.push_back(product);
+    });
+}
+
+void commit_products(Site site) {
+    meet_warpgroup("commit_products", nullptr, site, [](Warpgroup& group) {
+        const int closed = std::accumulate(group.groups.begin(), group.groups.end(), 0);
+        group.groups.push_back(int(group.products.size()) - closed);
+    });
+}
+
+void wait_products(int pending, Site site) {
+    meet_warpgroup("wait_products", nullptr, site, [=](Warpgroup& group) {
+        const auto first_left = group.groups.end() - std::min(size_t(pending), group.groups.size());
+        const int done = std::accumulate(group.groups.begin(), first_left, 0);
+        group.groups.erase(group.groups.begin(), first_left);
+        for (int i = 0; i < done && !settings.lazy_copies; ++i) run_product(group.products[i]);
+        group.products.erase(group.products.begin(), group.products.begin() + done);
+    });
 }
 
 float float16_bits_to_float(uint16_t bits) {

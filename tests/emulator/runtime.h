@@ -57,6 +57,15 @@ void multiply_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site);
 void multiply_float16(float* d, const uint32_t* a, const uint32_t* b, Site site);
 void multiply_bfloat16(float* d, const uint32_t* a, const uint32_t* b, Site site);
 
+// Products of a warpgroup. They are done when they are waited for where copies land at once, else at once:
+// of work that overlaps wrongly one of the two shows.
+enum class Elements { TF32, FLOAT16, BFLOAT16 };
+void show_to_products();
+void multiply_warpgroup(Elements elements, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
+                        bool panels_b, Site site);
+void commit_products(Site site);
+void wait_products(int pending, Site site);
+
 float float16_bits_to_float(uint16_t bits);
 uint16_t float_to_float16_bits(float value);
 
