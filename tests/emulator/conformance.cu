@@ -97,6 +97,48 @@ __global__ void multiply(const uint32_t* a_of, const uint32_t* b_of, float* d_of
     for (int i = 0; i < 4; ++i) d_of[4 * lane + i] = d[i];
 }
 
+// Rows of 128 bytes into shared memory, chunk c of row r at c ^ r % 8.
+DEVICE void put_rows(unsigned char* memory, const uint32_t* x, int rows) {
+    for (int word = threadIdx.x; word < rows * 32; word += blockDim.x) {
+        const int row = word / 32, chunk = word % 32 / 4;
+        reinterpret_cast<uint32_t*>(memory)[row * 32 + (chunk ^ row % 8) * 4 + word % 4] = x[word];
+    }
+}
+
+// Products of a warpgroup, steps first to last - 1 of 32 bytes of a's depth, added up: a (64 rows of 128 bytes), or
+// for TF32 a_registers (steps, 128, 4); b (128 rows of 128 bytes), with PANELS two panels of 64 rows; d (128, 16, 4).
+template <Kind KIND, bool PANELS>
+__global__ void __launch_bounds__(128)
+multiply_by_warpgroup(const uint32_t* a_rows, const uint32_t* a_registers, const uint32_t* b_rows, float* d_of,
+                      int first, int last) {
+    constexpr int ROW = 128, PANEL = 64 * ROW;
+    unsigned char* a_memory = dynamic_shared_memory<unsigned char>();
+    unsigned char* b_memory = a_memory + 64 * ROW;
+    put_rows(a_memory, a_rows, 64);
+    put_rows(b_memory, b_rows, 128);
+    float d[16][4];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) d[i / 4][i % 4] = d_of[64 * threadIdx.x + i];
+    show_to_products();
+    __syncthreads();
+    const uint64_t a = warpgroup_operand(a_memory);
+    const uint64_t b = PANELS ? warpgroup_operand_of_panels(b_memory, PANEL) : warpgroup_operand(b_memory);
+    for (int step = first; step < last; ++step) {
+        const uint64_t a_step = a + 2 * step, b_step = b + (PANELS ? 128 : 2) * step;
+        uint32_t fragment[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) fragment[i] = a_registers[(128 * step + threadIdx.x) * 4 + i];
+        begin_products();
+        if constexpr (KIND == FLOAT16) warpgroup_multiply_float16<PANELS>(d, a_step, b_step);
+        if constexpr (KIND == BFLOAT16) warpgroup_multiply_bfloat16<PANELS>(d, a_step, b_step);
+        if constexpr (KIND == TF32) warpgroup_multiply_tf32(d, fragment, b_step);
+        commit_products();
+        wait_products<0>();
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) d_of[64 * threadIdx.x + i] = d[i / 4][i % 4];
+}
+
 // y (8, 32): what shuffles by `by` within segments of WIDTH lanes give, and votes of the lanes of mask.
 template <int WIDTH>
 __global__ void warp_words(const float* x, float* y, int by, unsigned mask) {

@@ -224,6 +224,35 @@ __global__ void load_tile(const uint32_t* x, uint32_t* y) {
     for (int i = 0; i < 4; ++i) y[32 * i + threadIdx.x] = fragment[i];
 }
 
+// ---- products of a warpgroup --------------------------------------------------------------------------------
+
+// HIDDEN: copies are not shown to the product. OVERWRITTEN: shared memory changes while the product may run.
+// UNWAITED: the sums are stored before the product is waited for.
+enum GroupFault { SOUND_GROUP, HIDDEN, OVERWRITTEN_OPERAND, UNWAITED };
+
+// y (128 threads, 64) = the product of x's rows: 64 and 128 of 128 bytes of float16, of which 32 are multiplied.
+template <GroupFault FAULT>
+__global__ void group_product(const uint32_t* x, float* y) {
+    unsigned char* memory = dynamic_shared_memory<unsigned char>();
+    auto copy_rows = [&](bool valid) {
+        for (int chunk = threadIdx.x; chunk < 192 * 8; chunk += 128)
+            copy_async<16>(memory + 16 * (chunk ^ chunk / 8 % 8), x + 4 * chunk, valid);
+        commit_copies();
+        wait_copies<0>();
+    };
+    copy_rows(true);
+    if (FAULT != HIDDEN) show_to_products();
+    __syncthreads();
+    float d[16][4] = {};
+    begin_products();
+    warpgroup_multiply_float16<false>(d, warpgroup_operand(memory), warpgroup_operand(memory + 64 * 128));
+    commit_products();
+    if (FAULT == OVERWRITTEN_OPERAND) copy_rows(false);
+    if (FAULT != UNWAITED) wait_products<0>();
+    for (int i = 0; i < 64; ++i) y[64 * threadIdx.x + i] = d[i / 4][i % 4];
+    wait_products<0>();
+}
+
 // ---- patterns of access ---------------------------------------------------------------------------------
 
 // y[i] = x[STEP * i], each a Value, by way of shared memory.

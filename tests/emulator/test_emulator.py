@@ -128,6 +128,34 @@ class TestAsynchronousCopies:
             launch("copy_to_global<PLANTED>", x, y, shared_bytes=128)
 
 
+class TestProductsOfWarpgroups:
+    def product(self, fault):
+        x = np.ones((192, 64), np.float16)
+        y = np.zeros((128, 64), np.float32)
+        launch(
+            *(f"group_product<{fault}>", x.view(np.uint32), y),
+            block=(128,),
+            shared_bytes=x.nbytes,
+        )
+        return (y == 16).all()
+
+    @every_schedule
+    def test_a_sound_product(self, emulated_cuda):
+        assert self.product("SOUND_GROUP")
+
+    @every_schedule
+    def test_copies_that_a_product_may_not_see(self, emulated_cuda):
+        with pytest.raises(EmulatorError, match=r"thread \d+ has not shown its copies to products"):
+            self.product("HIDDEN")
+
+    # Where copies land at once products run late, and the other way round.
+    @pytest.mark.parametrize("fault", ["OVERWRITTEN_OPERAND", "UNWAITED"])
+    def test_what_a_running_product_needs(self, fault, emulated_cuda):
+        for schedule in SCHEDULES:
+            with emulated_cuda.scheduled(schedule):
+                assert self.product(fault) == schedule.lazy_copies
+
+
 class TestMemory:
     @pytest.mark.parametrize("kind", ["dynamic", "static"])
     def test_uninitialized_shared_memory_is_nan_in_every_block(self, kind):
