@@ -175,7 +175,7 @@ class CapturedStep:
         return _mapped(self._step(*self._inputs.tensors), _detached)
 
     def _record(self) -> _Recording:
-        notes = capture.Capture(self._graphs.xp)
+        notes = capture.Capture(self._graphs.reserve)
         modes = _modes()
         notes.conditions.append(lambda: _modes() == modes)
         try:

@@ -69,8 +69,10 @@ class Recorder:
 
     def allocate(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         array = self._wrapped(function(*map(_plain, arguments), **keywords))
-        if self.noted is not None:
-            self.noted.append(lambda kept=array: None)  # keeps the memory
+        if (
+            self.noted is not None
+        ):  # what was there before is lost: others used the memory meanwhile
+            self.noted.append(lambda: _poison(array))
         return array
 
     def launch(self, kernel: Callable[..., None], *arguments: Any) -> None:
@@ -97,7 +99,7 @@ class Recorder:
                 if key in before:
                     array[...] = before[key]
                 else:
-                    array.view(np.uint8)[...] = POISON
+                    _poison(array)
 
     def _wrapped(self, results: Any) -> Any:
         if isinstance(results, (tuple, list)):
@@ -250,7 +252,6 @@ class FakeGraphs:
     """What the stand-in captures; `captured` and `launched` count."""
 
     def __init__(self, device: int) -> None:
-        self.xp = CUPY
         self.device = DEVICES[device]
         self.captured = self.launched = 0
 
@@ -263,6 +264,9 @@ class FakeGraphs:
         with self.device:
             return recorder.capture(work)
 
+    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.empty(shape, dtype).view(GpuArray)
+
     def launch(self, graph: Sequence[Callable[[], None]]) -> None:
         self.launched += 1
         for replay in graph:
@@ -270,6 +274,10 @@ class FakeGraphs:
 
 
 CUPY = FakeCupy()
+
+
+def _poison(array: np.ndarray) -> None:
+    np.ndarray.view(array, np.ndarray).reshape(-1, order="A").view(np.uint8)[...] = POISON
 
 
 def _plain(value: Any) -> Any:

@@ -657,7 +657,7 @@ class LoggedCuda:
     def MemoryPointer(self, memory: int, offset: int) -> int:  # noqa: N802
         return memory
 
-    def MemoryPool(self, allocator: Any) -> Any:  # noqa: N802
+    def MemoryPool(self, allocator: Any = None) -> Any:  # noqa: N802
         return LoggedPool(self, allocator)
 
 

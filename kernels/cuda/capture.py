@@ -36,8 +36,8 @@ class Gradient(NamedTuple):
 class Capture:
     """What one captured run leaves to be done before each replay, and what it relies on."""
 
-    def __init__(self, xp: Any) -> None:
-        self.xp = xp
+    def __init__(self, reserve: Callable[[tuple[int, ...], Any], Array]) -> None:
+        self._reserve = reserve
         self.actions: list[Callable[[], Any]] = []
         self.conditions: list[Callable[[], bool]] = []
         self.written: dict[int, weakref.ref[Any]] = {}
@@ -45,8 +45,12 @@ class Capture:
         self.kept: list[Any] = []
 
     def feed(self, read: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return an array of the device into which what `read` gives is copied before each replay."""
-        array = self.xp.empty(shape, dtype)
+        """Return an array of the device into which what `read` gives is copied before each replay.
+
+        Its memory is no part of what the step allocates: what kernels from before it was allocated
+        use, the replay's own kernels write after the copy.
+        """
+        array = self._reserve(shape, dtype)
         self.actions.append(lambda: copy_from_host(array, read()))
         return array
 
@@ -159,8 +163,6 @@ def note_grad(tensor: Any, replaced: bool) -> None:
 class Graphs(Protocol):
     """Runs and captures work of one device beside the current stream, in memory of its own."""
 
-    xp: Any
-
     def run(self, work: Callable[[], Any]) -> Any:
         """Run work after all that the current stream was given, and before what it is given next."""
         ...
@@ -171,6 +173,10 @@ class Graphs(Protocol):
 
     def launch(self, graph: Any) -> None:
         """Let the device do, on the current stream, what was captured."""
+        ...
+
+    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return a new array in memory that no step works in."""
         ...
 
 
@@ -185,15 +191,16 @@ class CupyGraphs:
     def __init__(self, device: int) -> None:
         import cupy  # pyright: ignore[reportMissingImports]
 
-        self.xp = cupy
+        self._cupy = cupy
         self._device = cupy.cuda.Device(device)
         with self._device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self._reserve = _Reserve()
         self._pool = cupy.cuda.MemoryPool(self._reserve.allocate)
+        self._apart = cupy.cuda.MemoryPool()  # of what is written before each replay
 
     def run(self, work: Callable[[], Any]) -> Any:
-        cuda = self.xp.cuda
+        cuda = self._cupy.cuda
         with self._device:
             outside = cuda.get_current_stream()
             self._stream.wait_event(outside.record(cuda.Event(disable_timing=True)))
@@ -204,7 +211,7 @@ class CupyGraphs:
                 outside.wait_event(self._stream.record(cuda.Event(disable_timing=True)))
 
     def capture(self, work: Callable[[], Any]) -> tuple[Any, Any]:
-        with self._device, self._stream, self.xp.cuda.using_allocator(self._pool.malloc):
+        with self._device, self._stream, self._cupy.cuda.using_allocator(self._pool.malloc):
             before = self._reserve.bytes - self._pool.total_bytes()
             self._stream.begin_capture()  # in the relaxed mode, in which the pool may still grow
             self._reserve.capturing = True
@@ -225,6 +232,10 @@ class CupyGraphs:
     def launch(self, graph: Any) -> None:
         with self._device:
             graph.launch()
+
+    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        with self._device, self._cupy.cuda.using_allocator(self._apart.malloc):
+            return self._cupy.empty(shape, dtype)
 
 
 class _Reserve:
