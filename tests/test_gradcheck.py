@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import gradengine as ge
@@ -59,3 +60,13 @@ def test_nothing_to_check_is_an_error_and_float32_a_warning():
         gradgradcheck(ge.exp, ge.ones(2, dtype=ge.float64))
     with pytest.warns(UserWarning, match="not a double precision"):
         gradcheck(lambda x: x * 2, ge.ones(2, requires_grad=True), atol=1e-2, rtol=0.1)
+
+
+def test_an_empty_input_may_have_any_strides():
+    # NumPy's empty arrays have strides of 0 in some of its versions, and hold nothing to change.
+    empty = np.lib.stride_tricks.as_strided(np.zeros(0), (0, 4), (8, 0))
+    x = ge.from_numpy(empty).requires_grad_()
+    assert x.array.strides == (8, 0)
+    assert gradcheck(ge.exp, x)
+    assert gradgradcheck(ge.exp, x)
+    assert gradcheck(ge.exp, x, fast_mode=True)

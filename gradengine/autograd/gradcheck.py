@@ -160,7 +160,9 @@ def _check_inputs(name: str, arguments: Sequence[Any]) -> None:
                 f"rtol and eps; got dtype={x.dtype}",
                 stacklevel=3,
             )
-        if any(step == 0 and n > 1 for step, n in zip(x.array.strides, x.shape, strict=True)):
+        # The strides of an empty array mean nothing, and may be 0.
+        steps = zip(x.array.strides, x.shape, strict=True) if x.array.size else ()
+        if any(step == 0 and n > 1 for step, n in steps):
             raise RuntimeError(
                 f"{name}: input {index} has a dimension with stride 0, whose elements cannot be changed one "
                 "by one; pass a clone() of it"
