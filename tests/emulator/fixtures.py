@@ -34,6 +34,7 @@ def emulated_cuda(
     for function in (np.empty, np.empty_like):
         monkeypatch.setattr(np, function.__name__, _poisoned(function))
     launch.forget_kernels()
+    emulator.statistics()  # which all emulators share: what earlier tests did is not counted
     yield emulator
     launch.forget_kernels()
 
