@@ -151,6 +151,28 @@ def test_any_memory(memory, cuda_place, rng):
         np.testing.assert_array_equal(cuda_place(kernel, *map(moved, arrays), geometry), expected)
 
 
+def test_the_average_of_many_pixels_in_float16(cuda_place):
+    # 4900 pixels of 0.1 add up to 490, where float16 is spaced by 0.25: the sum is in float32.
+    x = np.full((1, 1, 70, 70), 0.1, np.float16)
+    geometry = pool2d_geometry("avg_pool2d", x.shape, 70)
+    np.testing.assert_array_equal(cuda_place("avg_pool2d", x, geometry), x[:, :, :1, :1])
+
+
+def test_gradients_of_many_windows_add_up_in_float16(cuda_place):
+    x = np.zeros((1, 1, 65, 65), np.float16)
+    average = pool2d_geometry("avg_pool2d", x.shape, 64, 1, divisor_override=10)
+    by_x = cuda_place("avg_pool2d_grad", np.ones(average.output_shape, np.float16), average)
+    np.testing.assert_array_equal(by_x[0, 0, 32, 32], np.float16(0.4))  # of 4 windows
+    x = np.zeros((1, 1, 91, 91), np.float16)
+    x[0, 0, 45, 45] = 1
+    largest = pool2d_geometry("max_pool2d", x.shape, 46, 1)
+    out, indices = cuda_place("max_pool2d", x, largest)
+    assert out.all()
+    # 2116 windows share the pixel; adding ones in float16 would end at 2048.
+    by_x = cuda_place("max_pool2d_scatter", out, indices, largest)
+    np.testing.assert_array_equal(by_x, 2116 * x)
+
+
 @pytest.mark.parametrize("kernel_size", [2, 6])
 def test_an_empty_batch(kernel_size, cuda_place):
     geometry = pool2d_geometry("pool", (0, 8, 6, 6), kernel_size)
