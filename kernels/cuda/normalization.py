@@ -26,7 +26,8 @@ MOST_LANES = 16
 # So few rows are one launch, of blocks that have all rows of a few packs.
 WHOLE_ROWS = 1024
 WHOLE_LANES = 4
-MERGE_BLOCK = (32, 8)
+# Parts of a channel are merged by 32 threads, each with a dozen loads to wait for rather than fifty.
+MERGE_BLOCK = (8, 32)
 SOURCE = "normalization.cu"
 
 _TYPES = (("bfloat16", "float", 8), ("float", "float", 4))  # of arrays and vectors, and a pack
