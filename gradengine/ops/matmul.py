@@ -247,7 +247,7 @@ def _spread(x, *, letters, output, shape):
 
 @operation(label="EinsumBackward0")
 def _contract(x, y, *, x_letters, y_letters, output):
-    """Multiply x and y and sum over shared letters not in `output`: one batched product."""
+    """Multiply x and y and sum over shared letters not in `output`: one product, or one batch."""
     shared = [letter for letter in x_letters if letter in y_letters]
     batch = [letter for letter in shared if letter in output]
     summed = [letter for letter in shared if letter not in output]
@@ -261,12 +261,13 @@ def _contract(x, y, *, x_letters, y_letters, output):
             [math.prod(sizes[i] for i in group) for group in groups]
         )
 
-    product = array_module(x).matmul(
-        arranged(x, x_letters, batch, x_alone, summed),
-        arranged(y, y_letters, batch, summed, y_alone),
+    batches = [batch] if batch else []
+    product = kernels.matmul(
+        arranged(x, x_letters, *batches, x_alone, summed),
+        arranged(y, y_letters, *batches, summed, y_alone),
     )
     found = [*batch, *x_alone, *y_alone]
-    product = narrowed(product, x.dtype).reshape([sizes[letter] for letter in found])
+    product = product.reshape([sizes[letter] for letter in found])
     return product.transpose([found.index(letter) for letter in output])
 
 

@@ -1,8 +1,8 @@
 """Matrix products: by cuBLAS through CuPy, or by kernels that read any memory.
 
 Of single products cuBLAS reads transposed matrices as they lie, and nothing is faster. Of a batch
-CuPy copies transposed matrices, and has cuBLAS multiply float32 without tensor cores: where these
-are allowed, batches are left to the kernels of matmul.cu.
+CuPy copies transposed matrices, and has cuBLAS multiply float32 without tensor cores; it refuses
+bfloat16. Batches of this, and all where tensor cores are allowed, are left to the kernels of matmul.cu.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _choose(x: Array, y: Array) -> Array:
     is_batch = max(x.ndim, y.ndim) > 2
     emulated = isinstance(x, np.ndarray)  # then there is no cuBLAS
     own = emulated or settings.cuda.own_matmul or in_step()  # no graph can hold CuPy's cuBLAS
-    if own or (is_batch and uses_tensor_cores):
+    unknown_to_cupy = is_batch and x.dtype.name == "bfloat16"
+    if own or unknown_to_cupy or (is_batch and uses_tensor_cores):
         return multiply(x, y, uses_tensor_cores)
     if x.dtype != np.float32:
         return array_module(x).matmul(x, y)

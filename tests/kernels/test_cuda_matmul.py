@@ -1,5 +1,7 @@
 """Matrix products on the emulated device: any memory, any shape, against products in float64."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -291,6 +293,14 @@ def test_not_a_number_spoils_its_own_row_and_column_only(
 def test_every_schedule_gives_equal_bits(dtype, emulated_cuda, rng):
     x, y = pair(rng, dtype, "TN", 72, 200, 72)
     assert_schedule_free(emulated_cuda, lambda: kernels.matmul(x, y))
+
+
+def test_cupy_which_refuses_them_gets_no_batches_of_bfloat16(emulated_cuda, monkeypatch):
+    limits = emulated_cuda.device_limits._replace(architecture=75)  # without their tensor cores
+    emulated_cuda.device_limits = limits
+    monkeypatch.setattr(matmul, "multiply", lambda x, y, tensor_cores: ("own", tensor_cores))
+    x = SimpleNamespace(dtype=BFLOAT16, ndim=3)  # NumPy's arrays go to our kernels anyway
+    assert matmul._choose(x, x) == ("own", False)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------
