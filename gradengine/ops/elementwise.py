@@ -183,7 +183,8 @@ trunc.pullbacks(x=lambda grad: grad * 0)
 
 @operation(label="PowBackward0")
 def _pow_number(x, *, exponent):
-    return narrowed(x**exponent, x.dtype)
+    # CuPy makes bfloat16 to the power of 0.5, 2.0 or -1.0 float64.
+    return narrowed(widened(x) ** exponent, x.dtype)
 
 
 @elementwise(label="PowBackward1")

@@ -18,7 +18,7 @@ from gradengine.dtypes import get_default_dtype, is_floating_point, narrowed, su
 from gradengine.operation import cast, operation, raised
 from gradengine.ops.conversion import to_dtype
 from gradengine.ops.dims import normalized_dim, normalized_dims, numpy_spelled
-from gradengine.ops.elementwise import exp, maximum, minimum, sign, where
+from gradengine.ops.elementwise import exp, maximum, minimum, pow, sign, where
 from gradengine.ops.indexing import ValuesIndices, pick_along
 from gradengine.ops.joining import slices, stack
 from gradengine.ops.padding import pad
@@ -478,8 +478,8 @@ def _norm_gradient(grad: Any, x: Any, out: Any, p: float, dim: Dims) -> Any:
     """Return x |x|^(p-2) grad / out^(p-1), and 0 where x is 0."""
     if p == 2:
         return x * _unreduce(grad / where(out == 0, math.inf, out), dim=dim, shape=x.shape)
-    power = abs(where(x == 0, 1.0, x)) ** (p - 1)
-    scale = (where(out == 0, 1.0, out) if p > 1 else out) ** (1 - p)
+    power = pow(abs(where(x == 0, 1.0, x)), p - 1)
+    scale = pow(where(out == 0, 1.0, out) if p > 1 else out, 1 - p)
     return sign(x) * power * _unreduce(grad * scale, dim=dim, shape=x.shape)
 
 
