@@ -13,7 +13,7 @@ from gradengine.devices import array_module, check_same_device
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
 from gradengine.operation import array_of, operation, raised
 from gradengine.ops.activation import log_softmax, logsigmoid, softmax
-from gradengine.ops.conversion import kept_for_backward
+from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.elementwise import abs, square, where
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape, unsqueeze
@@ -228,7 +228,7 @@ def cross_entropy(
         return loss
     even = where(ignored, 0.0, -sum(_weighed(scores, weight), dim=axis))
     if divisor is not None:
-        even = sum(even) / divisor
+        even = to_dtype(sum(even) / divisor, scores.dtype)  # of 16-bit scores divisor is float32
     return loss * (1 - label_smoothing) + even * (label_smoothing / scores.shape[axis])
 
 
