@@ -9,6 +9,7 @@ would copy to or from the CPU then, or call cuBLAS, raises what CuPy raises.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from gradengine import devices
+from gradengine.kernels.cuda import launch
 from tests.emulator.emulator import Emulator
 from tests.emulator.guarded import POISON
 
@@ -49,7 +53,10 @@ class Recorder:
             raise RuntimeError(f"the current stream is capturing, so {what} are disallowed")
 
     def run(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        if getattr(function, "__name__", "") in CUBLAS and self.noted is not None:
+        name = getattr(function, "__name__", "")
+        if name == "matmul" and any(x.dtype.kind == "V" and x.ndim > 2 for x in arguments):
+            raise TypeError("data type 'E' not understood")  # CuPy's word for bfloat16
+        if name in CUBLAS and self.noted is not None:
             raise NotImplementedError(
                 "calling cuBLAS API during stream capture is currently unsupported"
             )
@@ -58,7 +65,7 @@ class Recorder:
         given = (arguments, list(keywords.values()))
         arguments, keywords = _plain(arguments), _plain(keywords)
         results = function(*arguments, **keywords)
-        if getattr(function, "__name__", "") in VIEWS and np.shares_memory(results, arguments[0]):
+        if name in VIEWS and np.shares_memory(results, arguments[0]):
             with given[0][0].device:
                 return self._wrapped(results)
         self.check_devices(given)
@@ -147,6 +154,13 @@ class GpuArray(np.ndarray):
     def __array_function__(self, function: Any, types: Any, inputs: Any, keywords: Any) -> Any:
         return recorder.run(function, *inputs, **keywords)
 
+    def __pow__(self, exponent: Any, modulus: None = None) -> Any:
+        power = super().__pow__(exponent)
+        if type(exponent) is float and exponent in (0.5, 2.0, -1.0) and self.dtype.kind == "V":
+            # CuPy asks NumPy for the common dtype of bfloat16 and a number
+            return power.astype(np.result_type(self.dtype, exponent))
+        return power
+
     def set(self, values: np.ndarray) -> None:
         recorder.refuse("H2D transfers")
         _plain(self)[...] = values
@@ -219,7 +233,10 @@ class FakeCupy(ModuleType):
         if isinstance(found, (type, np.dtype)) or not callable(found):
             return found
         run = recorder.allocate if name in ("empty", "empty_like") else recorder.run
-        return partial(run, found)
+        function = partial(run, found)
+        if isinstance(found, np.ufunc):
+            function.at = partial(run, found.at)
+        return function
 
     def asarray(self, values: Any, *arguments: Any, **keywords: Any) -> GpuArray:
         if not isinstance(values, GpuArray):
@@ -274,6 +291,14 @@ class FakeGraphs:
 
 
 CUPY = FakeCupy()
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it the GPUs of a test that has the fixture `emulated_cuda`."""
+    monkeypatch.setitem(sys.modules, "cupy", CUPY)
+    monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: None)
+    monkeypatch.setattr(devices, "device_count", lambda: len(DEVICES))
+    monkeypatch.setattr(launch, "runtime", RecordingEmulator())
 
 
 def _poison(array: np.ndarray) -> None:

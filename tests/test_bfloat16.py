@@ -14,6 +14,7 @@ import pytest
 
 import gradengine as ge
 from gradengine.optim import SGD, Adam
+from tests import numpy_gpu
 from tests.cases import Case, all_cases
 
 BF16 = ge.bfloat16
@@ -29,7 +30,8 @@ CASES = [
     if case.name not in WITHOUT_KERNEL
     and case.note != "special"  # comparing nan of this dtype warns, unlike nan of float32
 ]
-ON_CUDA = [case for case in FLOATING if case.name in WITHOUT_KERNEL]
+# The stand-in for CuPy leaves comparisons of nan to NumPy, and its views do not know their base.
+ON_STAND_IN = [case for case in FLOATING if case.note != "special" and case.name != "view"]
 
 
 def _identifier(case: Case) -> str:
@@ -278,17 +280,21 @@ def test_operation(case):
     check(case, leaves(case, BF16), *exact(case))
 
 
-@pytest.mark.parametrize("case", ON_CUDA, ids=_identifier)
-def test_operation_by_emulated_kernels(case, request):
+@pytest.mark.parametrize("case", ON_STAND_IN, ids=_identifier)
+def test_operation_by_emulated_kernels(case, request, monkeypatch):
     high, expected = exact(case)
     request.getfixturevalue("emulated_cuda")
-    check(case, leaves(case, BF16), high, expected)
+    numpy_gpu.stand_in(monkeypatch)
+    check_on_cuda(case, high, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", FLOATING, ids=_identifier)
 def test_operation_on_a_gpu(case):
-    high, expected = exact(case)
+    check_on_cuda(case, *exact(case))
+
+
+def check_on_cuda(case: Case, high: list[ge.Tensor], expected: ge.Tensor) -> None:
     ge.set_default_device("cuda")  # also of tensors that the row makes itself
     low = [leaf.detach().cuda().requires_grad_(leaf.requires_grad) for leaf in leaves(case, BF16)]
     check(case, low, high, expected)

@@ -15,7 +15,7 @@ import pytest
 
 import gradengine as ge
 from gradengine import devices, nn, optim
-from gradengine.kernels.cuda import capture, launch, matmul
+from gradengine.kernels.cuda import capture, matmul
 from tests import numpy_gpu
 
 
@@ -45,10 +45,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list
 
     if request.param == "stand-in":
         request.getfixturevalue("emulated_cuda")
-        monkeypatch.setitem(sys.modules, "cupy", numpy_gpu.CUPY)
-        monkeypatch.setattr(devices, "cuda_unavailable_reason", lambda: None)
-        monkeypatch.setattr(devices, "device_count", lambda: len(numpy_gpu.DEVICES))
-        monkeypatch.setattr(launch, "runtime", numpy_gpu.RecordingEmulator())
+        numpy_gpu.stand_in(monkeypatch)
     # Steps without a graph multiply by the same kernels as those with one
     monkeypatch.setattr(matmul, "in_step", lambda: True)
     monkeypatch.setattr(capture, "make_graphs", make_graphs)
