@@ -256,7 +256,10 @@ def test_resnet18_on_a_gpu_agrees_with_the_cpu_in_float32(exact_on_the_cpu):
 @pytest.mark.usefixtures("tf32_products")
 def test_resnet18_on_a_gpu_agrees_with_the_cpu_in_tf32(exact_on_the_cpu):
     found = train(large(), GPU_DATA, "cuda", lr=LR)
-    assert_close(found, exact_on_the_cpu, **TF32)
+    # An H200's gradients are 0.052 away. On the CPU, factors rounded to the nearest TF32 give 0.039, and
+    # logits 0.00098 away.
+    loose = TF32 | {"grads": 0.08, "logits": 2e-3}
+    assert_close(found, exact_on_the_cpu, **loose)
     assert distance(found["logits"], exact_on_the_cpu["logits"]) > 2e-5
 
 
