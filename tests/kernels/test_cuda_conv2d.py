@@ -19,6 +19,10 @@ DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 # Rounding of the result, relative to its norm; sums are float32.
 TOLERANCES = {np.dtype(np.float32): 2e-6, np.dtype(np.float16): 5e-4, BFLOAT16: 4e-3}
+# Real tensor cores cut off bits where they align products and sums to add them, always toward zero;
+# the emulator rounds each sum to nearest. 2.8e-6 was seen on an H200 for float32 of depth 1296.
+GPU_SUMS = 1e-5
+EXACT_SUMS = 3e-6  # of moments, which are not rounded to 16 bits
 
 # x shape, weight shape, stride, padding, dilation, groups
 CASES = {
@@ -63,12 +67,17 @@ def drawn(case, rng, dtype: Any = DTYPES[0]):
     return geometry, x, weight, grad
 
 
-def check(got, expected, dtype):
+def check(got, expected, dtype, place=None):
     assert got.dtype == dtype
     assert got.shape == expected.shape
     assert got.transpose(0, 2, 3, 1).flags.c_contiguous
     error = np.linalg.norm(got.astype(np.float64) - expected)
-    assert error <= TOLERANCES[dtype] * np.linalg.norm(expected)  # false for NaN
+    tolerance = max(TOLERANCES[dtype], GPU_SUMS) if is_gpu(place) else TOLERANCES[dtype]
+    assert error <= tolerance * np.linalg.norm(expected)  # false for NaN
+
+
+def is_gpu(place):
+    return place is not None and place.name == "cupy"
 
 
 def run(place, function, *arguments, **options) -> Any:
@@ -84,18 +93,20 @@ def check_forward(place, geometry, x, weight, bias=None):
     if bias is not None:
         expected += bias[:, None, None].astype(np.float64)
     out, mean, variance = run(place, conv2d.conv2d_moments, x, weight, bias, geometry)
-    check(out, expected, x.dtype)
+    check(out, expected, x.dtype, place)
     assert mean.dtype == variance.dtype == np.float64
     deviation = expected.std(axis=(0, 2, 3))
     center = expected.mean(axis=(0, 2, 3))
-    assert (abs(mean - center) <= 3e-6 * (1 + deviation) + 1e-7 * abs(center)).all()
-    assert (abs(variance - deviation**2) <= 3e-6 * deviation**2).all()
+    tolerance = GPU_SUMS if is_gpu(place) else EXACT_SUMS
+    assert (abs(mean - center) <= tolerance * (1 + deviation) + 1e-7 * abs(center)).all()
+    assert (abs(variance - deviation**2) <= tolerance * deviation**2).all()
     return out, expected
 
 
 def check_grad_input(place, geometry, x, weight, grad):
     _, expected, _ = convolution_passes(x, weight, grad, geometry)
-    check(run(place, conv2d.conv2d_grad_input, grad, weight, geometry), expected, x.dtype)
+    got = run(place, conv2d.conv2d_grad_input, grad, weight, geometry)
+    check(got, expected, x.dtype, place)
 
 
 def used_kernels():
@@ -221,7 +232,7 @@ def test_epilogue(case, dtype, bias_dtype, has_residual, relu, cuda_place, rng):
     expected = np.maximum(expected, 0) if relu else expected
     arguments = (x, weight, bias, geometry)
     out = run(cuda_place, conv2d.conv2d, *arguments, residual=residual, relu=relu)
-    check(out, expected, dtype)
+    check(out, expected, dtype, cuda_place)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,7 +244,7 @@ def test_gradient_added_to_another(case, dtype, cuda_place, rng):
     onto = rng.standard_normal(geometry.input_shape).astype(dtype)
     before = onto.copy()
     got = run(cuda_place, conv2d.conv2d_grad_input, grad, weight, geometry, onto)
-    check(got, expected + before, dtype)
+    check(got, expected + before, dtype, cuda_place)
     np.testing.assert_array_equal(onto, before)
 
 
