@@ -114,7 +114,9 @@ struct RowTable {
 template <typename Slab>
 struct PixelLoader {
     typedef typename Slab::T T;
-    static constexpr int READ_AHEAD = Slab::COUNT < 4 ? Slab::COUNT : 4;
+    // Rows looked up together; fewer for tall slabs of float32, beside which fragments of a fill the registers.
+    static constexpr int MOST_AHEAD = Slab::LINES == 256 && sizeof(T) == 4 ? 2 : 4;
+    static constexpr int READ_AHEAD = Slab::COUNT < MOST_AHEAD ? Slab::COUNT : MOST_AHEAD;
     const Row* const rows;
     int a = 0, b = 0, channel;  // where this thread's chunk of the next slab starts
     const T* tap;               // the same in the source, less what row it is
@@ -310,10 +312,15 @@ DEVICE Moments column_moments(const Tile& tile, Moments* shared, int rows) {
     return merged;
 }
 
+// Warpgroups multiply where a warp's part is wider than tall: their warps have all of the tile's columns.
+template <int WARP_ROWS, int WARP_COLUMNS> constexpr bool BY_WARPGROUPS = WARP_ROWS < WARP_COLUMNS;
+
 // Blocks that a multiprocessor holds at a time: registers suffice for so many, and shared memory not for more.
 constexpr int RESIDENT_128_X_64 = __CUDA_ARCH__ >= 900 ? 3 : 2;
-template <int WARP_ROWS, int WARP_COLUMNS>
-constexpr int RESIDENT_BLOCKS = WARP_ROWS == 32 ? 4 : WARP_COLUMNS == 32 ? RESIDENT_128_X_64 : 2;
+template <int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS>
+constexpr int RESIDENT_BLOCKS = ROWS == 128 && COLUMNS == 64                   ? RESIDENT_128_X_64
+                                : ROWS * COLUMNS == 64 * 64                    ? 4
+                                                                               : 2;
 
 // ---- kernels ----------------------------------------------------------------------------------------------
 
@@ -327,20 +334,22 @@ struct Place {
           first_column((blockIdx.x - row_block * problem.column_blocks.divisor) * Tile::COLUMNS), group(blockIdx.y) {}
 };
 
-// The tile of a convolution; warps of 16 rows say that warpgroups multiply.
-template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_B>
+// The tile of a convolution.
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_B,
+          bool WARPGROUPS_MULTIPLY = BY_WARPGROUPS<WARP_ROWS, WARP_COLUMNS>>
 struct TileFor {
     typedef Tile<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, Layout::DEPTHWISE, LAYOUT_B> Type;
 };
-template <typename T, int ROWS, int COLUMNS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_B>
-struct TileFor<T, ROWS, COLUMNS, 16, WARP_COLUMNS, STAGES, LAYOUT_B> {
-    static_assert(COLUMNS == 128 && WARP_COLUMNS == 128);
-    typedef WarpgroupTile<T, ROWS, STAGES, LAYOUT_B> Type;
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_B>
+struct TileFor<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, LAYOUT_B, true> {
+    static_assert(WARP_COLUMNS == COLUMNS);
+    typedef WarpgroupTile<T, ROWS, COLUMNS, WARP_ROWS, STAGES, LAYOUT_B> Type;
 };
 
 // How the gradient reads weights: as they lie, but warpgroups have float32 depthwise.
-template <typename T, int WARP_ROWS>
-constexpr Layout WEIGHT_LAYOUT = WARP_ROWS == 16 && sizeof(T) == 4 ? Layout::DEPTHWISE : Layout::CROSSWISE;
+template <typename T, int WARP_ROWS, int WARP_COLUMNS>
+constexpr Layout WEIGHT_LAYOUT =
+    BY_WARPGROUPS<WARP_ROWS, WARP_COLUMNS> && sizeof(T) == 4 ? Layout::DEPTHWISE : Layout::CROSSWISE;
 
 // out (N, P, Q, K) = x (N, H, W, C) * weight (K, R, S, C / groups) + bias (K) + residual (N, P, Q, K), the last
 // two null or given, bias as float32 or in T. relu: negative results become 0.
@@ -348,7 +357,7 @@ constexpr Layout WEIGHT_LAYOUT = WARP_ROWS == 16 && sizeof(T) == 4 ? Layout::DEP
 // the sums before bias, residual, relu and rounding to T.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, bool MOMENTS>
 __global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
-                                  RESIDENT_BLOCKS<WARP_ROWS, WARP_COLUMNS>)
+                                  RESIDENT_BLOCKS<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS>)
 conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void* __restrict__ bias,
                long long bias_is_float, const T* __restrict__ residual, long long relu, T* __restrict__ out,
                float* __restrict__ partials, const __grid_constant__ ForwardProblem given) {
@@ -407,11 +416,11 @@ conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void
 // out (N, H, W, C) = the gradient of the above by x, for grad (N, P, Q, K), + onto (N, H, W, C), null or given.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES>
 __global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
-                                  RESIDENT_BLOCKS<WARP_ROWS, WARP_COLUMNS>)
+                                  RESIDENT_BLOCKS<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS>)
 conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, const T* __restrict__ onto,
                   T* __restrict__ out, const __grid_constant__ GradientProblem given) {
-    typedef typename TileFor<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES, WEIGHT_LAYOUT<T, WARP_ROWS>>::Type
-        ConvTile;
+    typedef typename TileFor<T, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, STAGES,
+                             WEIGHT_LAYOUT<T, WARP_ROWS, WARP_COLUMNS>>::Type ConvTile;
     const Problem& problem = given.problem;
     unsigned char* const shared = dynamic_shared_memory<unsigned char>();
     RowTable<ROWS>& table = *reinterpret_cast<RowTable<ROWS>*>(shared + ConvTile::SHARED_BYTES);

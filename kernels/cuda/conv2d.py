@@ -66,12 +66,14 @@ _GRADIENT = np.dtype(
 )
 
 
-# Each with its share of the tensor cores' peak: smaller tiles load more for each product. Warps of 16
-# rows multiply as warpgroups, which only one architecture has.
+# Each with its share of the tensor cores' peak: smaller tiles load more for each product. Warps whose
+# part is wider than tall multiply as warpgroups, which only one architecture has.
 WARPGROUP_ARCHITECTURE = 90
 TILES = {
     TensorTile(128, 128, 16, 128, 3): 1.3,
     TensorTile(64, 128, 16, 128, 4): 1.1,
+    TensorTile(256, 64, 32, 64, 2): 1.15,
+    TensorTile(128, 64, 16, 64, 3): 1.05,
     TensorTile(128, 128, 64, 64, 3): 1.0,
     TensorTile(256, 64, 64, 64, 2): 0.9,
     TensorTile(128, 64, 64, 32, 3): 0.75,
@@ -85,7 +87,7 @@ def shared_bytes(tile: TensorTile) -> int:
 
 
 def by_warpgroups(tile: TensorTile) -> bool:
-    return tile.warp_rows == 16
+    return tile.warp_rows < tile.warp_columns
 
 
 def _relays(tile: TensorTile, itemsize: int) -> bool:

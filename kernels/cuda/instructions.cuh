@@ -152,10 +152,10 @@ DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint3
 }
 
 // ---- tensor cores of sm_90a: a warpgroup's four warps multiply together -----------------------------------
-// d = a * b + d, a 64 x 32 bytes of depth, b 32 bytes of depth x 128, d 64 x 128 in float32. Warp w of the
-// warpgroup (threads 128i to 128i + 127) has rows 16w to 16w + 15 of a and d; d[j] holds columns 8j to 8j + 7 as
-// multiply_tf32's d holds its 8. The products run on their own: operands stay as they are, and d is not looked at,
-// until wait_products says so. All threads of a warpgroup take part in each of these.
+// d = a * b + d, a 64 x 32 bytes of depth, b 32 bytes of depth x 64 or 128, d 64 x 64 or 128 in float32. Warp w of
+// the warpgroup (threads 128i to 128i + 127) has rows 16w to 16w + 15 of a and d; d[j] holds columns 8j to 8j + 7
+// as multiply_tf32's d holds its 8. The products run on their own: operands stay as they are, and d is not looked
+// at, until wait_products says so. All threads of a warpgroup take part in each of these.
 //
 // Operands in shared memory lie in rows of 128 bytes at multiples of 1024 bytes, their 16-byte chunks moved:
 // chunk c of row r stands at c ^ r % 8. An operand is named by a number that warpgroup_operand makes.
@@ -167,10 +167,11 @@ DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint3
 #endif
 
 // Lines (rows of a, columns of b) contiguous along the depth: row r holds 128 bytes of line r's depth. The
-// products of depths 32 bytes on take the operand plus 2.
+// products of depths 32 bytes on take the operand plus 2. With EVERY = 2 every second group of eight rows counts.
+template <int EVERY = 1>
 DEVICE uint64_t warpgroup_operand(const void* rows) {
     constexpr uint64_t SWIZZLE_128_BYTES = 1ull << 62;
-    const uint64_t eight_rows = 1024 >> 4;
+    const uint64_t eight_rows = EVERY * 1024 >> 4;
     return SWIZZLE_128_BYTES | eight_rows << 32 | 1ull << 16 | (shared_address(rows) & 0x3ffffu) >> 4;
 }
 
@@ -213,45 +214,70 @@ DEVICE void wait_products() {
 #endif
 }
 
-// The registers of d in the order of an instruction's operands 0 to 63.
+// The registers of d in the order of an instruction's operands: those of 64 columns, and of 128.
 #define FOUR_OF_D(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define ALL_OF_D                                                                                          \
-    FOUR_OF_D(0), FOUR_OF_D(1), FOUR_OF_D(2), FOUR_OF_D(3), FOUR_OF_D(4), FOUR_OF_D(5), FOUR_OF_D(6),       \
-        FOUR_OF_D(7), FOUR_OF_D(8), FOUR_OF_D(9), FOUR_OF_D(10), FOUR_OF_D(11), FOUR_OF_D(12), FOUR_OF_D(13), \
-        FOUR_OF_D(14), FOUR_OF_D(15)
-#define OPERANDS_OF_D                                                                                     \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "  \
-    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "  \
-    "%62, %63}"
+#define SIXTEEN_OF_D(j) FOUR_OF_D(j), FOUR_OF_D(j + 1), FOUR_OF_D(j + 2), FOUR_OF_D(j + 3)
+#define D_OF_64 SIXTEEN_OF_D(0), SIXTEEN_OF_D(4)
+#define D_OF_128 D_OF_64, SIXTEEN_OF_D(8), SIXTEEN_OF_D(12)
+#define OPERANDS_0_TO_31                                                                                    \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "  \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define OPERANDS_OF_64 "{" OPERANDS_0_TO_31 "}"
+#define OPERANDS_OF_128                                                                                     \
+    "{" OPERANDS_0_TO_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "     \
+    "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 
 // 16-bit elements, both operands in shared memory; b's elements contiguous across lines with PANELS_B.
-template <bool PANELS_B>
-DEVICE void warpgroup_multiply_float16(float (&d)[16][4], uint64_t a, uint64_t b) {
+template <bool PANELS_B, int BLOCKS>
+DEVICE void warpgroup_multiply_float16(float (&d)[BLOCKS][4], uint64_t a, uint64_t b) {
+    static_assert(BLOCKS == 8 || BLOCKS == 16);
 #if WARPGROUPS
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " OPERANDS_OF_D ", %64, %65, 1, 1, 1, 0, %66;"
-                 : ALL_OF_D : "l"(a), "l"(b), "n"(int(PANELS_B)));
+    if constexpr (BLOCKS == 8) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " OPERANDS_OF_64
+                     ", %32, %33, 1, 1, 1, 0, %34;"
+                     : D_OF_64 : "l"(a), "l"(b), "n"(int(PANELS_B)));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " OPERANDS_OF_128
+                     ", %64, %65, 1, 1, 1, 0, %66;"
+                     : D_OF_128 : "l"(a), "l"(b), "n"(int(PANELS_B)));
+    }
 #else
     __trap();
 #endif
 }
 
-template <bool PANELS_B>
-DEVICE void warpgroup_multiply_bfloat16(float (&d)[16][4], uint64_t a, uint64_t b) {
+template <bool PANELS_B, int BLOCKS>
+DEVICE void warpgroup_multiply_bfloat16(float (&d)[BLOCKS][4], uint64_t a, uint64_t b) {
+    static_assert(BLOCKS == 8 || BLOCKS == 16);
 #if WARPGROUPS
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " OPERANDS_OF_D ", %64, %65, 1, 1, 1, 0, %66;"
-                 : ALL_OF_D : "l"(a), "l"(b), "n"(int(PANELS_B)));
+    if constexpr (BLOCKS == 8) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " OPERANDS_OF_64
+                     ", %32, %33, 1, 1, 1, 0, %34;"
+                     : D_OF_64 : "l"(a), "l"(b), "n"(int(PANELS_B)));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " OPERANDS_OF_128
+                     ", %64, %65, 1, 1, 1, 0, %66;"
+                     : D_OF_128 : "l"(a), "l"(b), "n"(int(PANELS_B)));
+    }
 #else
     __trap();
 #endif
 }
 
 // Float32 elements, of which the low 13 bits are dropped; a in registers, as multiply_tf32's a of a warp's rows.
-DEVICE void warpgroup_multiply_tf32(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+template <int BLOCKS>
+DEVICE void warpgroup_multiply_tf32(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b) {
+    static_assert(BLOCKS == 8 || BLOCKS == 16);
 #if WARPGROUPS
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " OPERANDS_OF_D
-                 ", {%64, %65, %66, %67}, %68, 1, 1, 1;"
-                 : ALL_OF_D : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    if constexpr (BLOCKS == 8) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32 " OPERANDS_OF_64
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1;"
+                     : D_OF_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " OPERANDS_OF_128
+                     ", {%64, %65, %66, %67}, %68, 1, 1, 1;"
+                     : D_OF_128 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
 #else
     __trap();
 #endif

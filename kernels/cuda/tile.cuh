@@ -41,8 +41,8 @@ template <> struct TensorCore<float16> {
     static DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
         multiply_float16(d, a, b);
     }
-    template <bool PANELS_B>
-    static DEVICE void multiply_groups(float (&d)[16][4], uint64_t a, uint64_t b) {
+    template <bool PANELS_B, int BLOCKS>
+    static DEVICE void multiply_groups(float (&d)[BLOCKS][4], uint64_t a, uint64_t b) {
         warpgroup_multiply_float16<PANELS_B>(d, a, b);
     }
 };
@@ -52,8 +52,8 @@ template <> struct TensorCore<bfloat16> {
     static DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
         multiply_bfloat16(d, a, b);
     }
-    template <bool PANELS_B>
-    static DEVICE void multiply_groups(float (&d)[16][4], uint64_t a, uint64_t b) {
+    template <bool PANELS_B, int BLOCKS>
+    static DEVICE void multiply_groups(float (&d)[BLOCKS][4], uint64_t a, uint64_t b) {
         warpgroup_multiply_bfloat16<PANELS_B>(d, a, b);
     }
 };
@@ -106,10 +106,17 @@ struct Slab {
     }
 };
 
+// Which of a warp's rows an instruction's 16 are.
+enum class RowOrder {
+    IN_TURN,   // 16 neighbours
+    DEALT,     // every fourth but one pair: four neighbours belong to different instructions (float32, CROSSWISE)
+    BY_EIGHT,  // groups of eight neighbours go to the instructions in turn (warpgroups)
+};
+
 // The sums of a tile of ROWS x COLUMNS, as they lie in the registers of warps with WARP_ROWS x WARP_COLUMNS each,
-// made of instructions' results of 16 x 8. DEALT_ROWS and DEALT_COLUMNS: four neighbouring lines belong to
-// different instructions (float32, CROSSWISE; Slab::line_of_row).
-template <int ROWS_, int COLUMNS_, int WARP_ROWS_, int WARP_COLUMNS, bool DEALT_ROWS, bool DEALT_COLUMNS>
+// made of instructions' results of 16 x 8. DEALT_COLUMNS: four neighbouring columns belong to different
+// instructions (Slab::line_of_row).
+template <int ROWS_, int COLUMNS_, int WARP_ROWS_, int WARP_COLUMNS, RowOrder ROW_ORDER, bool DEALT_COLUMNS>
 struct TileSums {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARP_ROWS = WARP_ROWS_;
     static constexpr int WARPS_DOWN = ROWS / WARP_ROWS, WARPS_ACROSS = COLUMNS / WARP_COLUMNS;
@@ -127,7 +134,9 @@ struct TileSums {
     // The row of sums[i][..][2 * half] and sums[i][..][2 * half + 1] in the tile.
     static DEVICE int row_of(int i, int half) {
         const int group = lane() / 4;
-        return warp_row() + (DEALT_ROWS ? i / 2 * 32 + group * 4 + i % 2 * 2 + half : i * 16 + half * 8 + group);
+        if (ROW_ORDER == RowOrder::DEALT) return warp_row() + i / 2 * 32 + group * 4 + i % 2 * 2 + half;
+        if (ROW_ORDER == RowOrder::BY_EIGHT) return warp_row() + half * DOWN * 8 + i * 8 + group;
+        return warp_row() + i * 16 + half * 8 + group;
     }
 
     // The first column of this thread's runs in a block.
@@ -201,13 +210,17 @@ private:
 // ldmatrix and the tensor cores of warpgroups keep the order of lines where 16-bit elements are CROSSWISE.
 template <typename T, Layout LAYOUT_B> constexpr bool DEALS_COLUMNS = LAYOUT_B == Layout::DEPTHWISE || sizeof(T) == 4;
 
+template <typename T, Layout LAYOUT_A>
+constexpr RowOrder ROW_ORDER_OF = LAYOUT_A == Layout::CROSSWISE && sizeof(T) == 4 ? RowOrder::DEALT
+                                                                                : RowOrder::IN_TURN;
+
 // A tile by the instructions of single warps.
 template <typename Element, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, Layout LAYOUT_A,
           Layout LAYOUT_B>
-struct Tile : TileSums<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, LAYOUT_A == Layout::CROSSWISE && sizeof(Element) == 4,
+struct Tile : TileSums<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, ROW_ORDER_OF<Element, LAYOUT_A>,
                        DEALS_COLUMNS<Element, LAYOUT_B>> {
     typedef Element T;
-    typedef TileSums<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, LAYOUT_A == Layout::CROSSWISE && sizeof(Element) == 4,
+    typedef TileSums<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, ROW_ORDER_OF<Element, LAYOUT_A>,
                      DEALS_COLUMNS<Element, LAYOUT_B>>
         Sums;
     using Sums::ACROSS;
@@ -389,19 +402,23 @@ private:
     }
 };
 
-// The same by the instructions of warpgroups (sm_90a), of 64 rows each: rows of a are depthwise. Float32 of b must be
-// rounded to tf32 in memory, and depthwise. The multiprocessor should have two blocks: each drains the tensor cores
-// after every slab, so that its memory can be filled again two slabs ahead.
-template <typename Element, int ROWS, int STAGES, Layout LAYOUT_B>
-struct WarpgroupTile : TileSums<ROWS, 128, 16, 128, false, DEALS_COLUMNS<Element, LAYOUT_B>> {
+// The same by the instructions of warpgroups (sm_90a), each four warps one below the other: rows of a are depthwise.
+// Float32 of b must be rounded to tf32 in memory, and depthwise. The multiprocessor should have two blocks: each
+// drains the tensor cores after every slab, so that its memory can be filled again STAGES - 1 slabs ahead.
+template <typename Element, int ROWS, int COLUMNS, int WARP_ROWS, int STAGES, Layout LAYOUT_B>
+struct WarpgroupTile
+    : TileSums<ROWS, COLUMNS, WARP_ROWS, COLUMNS, RowOrder::BY_EIGHT, DEALS_COLUMNS<Element, LAYOUT_B>> {
     typedef Element T;
-    typedef TileSums<ROWS, 128, 16, 128, false, DEALS_COLUMNS<Element, LAYOUT_B>> Sums;
+    typedef TileSums<ROWS, COLUMNS, WARP_ROWS, COLUMNS, RowOrder::BY_EIGHT, DEALS_COLUMNS<Element, LAYOUT_B>> Sums;
+    using Sums::DOWN;
     using Sums::sums;
     typedef Slab<T, Layout::DEPTHWISE, ROWS, Sums::THREADS, false> SlabA;
-    typedef Slab<T, LAYOUT_B, 128, Sums::THREADS, true> SlabB;
+    typedef Slab<T, LAYOUT_B, COLUMNS, Sums::THREADS, true> SlabB;
     static constexpr int STAGE_BYTES = SlabA::BYTES + SlabB::BYTES;
     static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
-    static_assert(ROWS % 64 == 0 && STAGES >= 2);
+    static_assert(WARP_ROWS == 16 || WARP_ROWS == 32);
+    static_assert(COLUMNS == 64 || COLUMNS == 128);
+    static_assert(ROWS % (4 * WARP_ROWS) == 0 && STAGES >= 2);
     static_assert(sizeof(T) == 2 || LAYOUT_B == Layout::DEPTHWISE);
 
     // As Tile::compute.
@@ -433,7 +450,7 @@ private:
     static constexpr int STEPS = 4;  // instructions along a slab
     static constexpr int STEP_BYTES = SLAB_BYTES / STEPS;
 
-    uint32_t fragments[STEPS][4];  // of a, where it goes through registers to be rounded
+    uint32_t fragments[STEPS][DOWN][4];  // of a, where it goes through registers to be rounded
 
     template <typename LoaderA, typename LoaderB>
     static DEVICE void copy(unsigned char* stage, LoaderA& a, LoaderB& b) {
@@ -445,38 +462,59 @@ private:
     DEVICE void multiply(const unsigned char* stage) {
         const unsigned char* const slab_b = stage + SlabA::BYTES;
         if constexpr (sizeof(T) == 4) {
-            const int lane = Sums::lane();
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                const int offset = SlabA::offset(Sums::warp_row() + lane % 16, lane / 16) ^ step * STEP_BYTES;
-                load_matrices(fragments[step], stage + offset);
-            }
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) fragments[step][i] = round_to_tf32(fragments[step][i]);
-            }
+            load_a(stage);
             const uint64_t b = warpgroup_operand(slab_b);
             begin_products();
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                warpgroup_multiply_tf32(sums[0], fragments[step], b + step * (STEP_BYTES >> 4));
+#pragma unroll
+                for (int i = 0; i < DOWN; ++i) {
+                    warpgroup_multiply_tf32(sums[i], fragments[step][i], b + step * (STEP_BYTES >> 4));
+                }
             }
         } else {
             constexpr bool PANELS = LAYOUT_B == Layout::CROSSWISE;
             // the same in all threads, and said so: an operand is in a uniform register
             const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
-            const uint64_t a = warpgroup_operand(stage + warpgroup * 64 * SLAB_BYTES);
+            const uint64_t a = warpgroup_operand<DOWN>(stage + warpgroup * 4 * WARP_ROWS * SLAB_BYTES);
             const uint64_t b = PANELS ? warpgroup_operand_of_panels(slab_b, SLAB_DEPTH<T> * SLAB_BYTES)
                                       : warpgroup_operand(slab_b);
+            constexpr int STEP_A = STEP_BYTES >> 4, EIGHT_ROWS = 8 * SLAB_BYTES >> 4;
             constexpr int STEP_B = PANELS ? 16 * SLAB_BYTES >> 4 : STEP_BYTES >> 4;
             begin_products();
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                TensorCore<T>::template multiply_groups<PANELS>(sums[0], a + step * (STEP_BYTES >> 4), b + step * STEP_B);
+#pragma unroll
+                for (int i = 0; i < DOWN; ++i) {
+                    const uint64_t rows = a + step * STEP_A + i * EIGHT_ROWS;
+                    TensorCore<T>::template multiply_groups<PANELS>(sums[i], rows, b + step * STEP_B);
+                }
             }
         }
         commit_products();
+    }
+
+    // Load and round a slab of this warp's rows. Matrices: the first and the second eight of an instruction's rows,
+    // and both again 16 bytes on.
+    DEVICE void load_a(const unsigned char* slab) {
+        const int lane = Sums::lane();
+        const int row = Sums::warp_row() + lane / 8 % 2 * DOWN * 8 + lane % 8;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            const int offset = SlabA::offset(row, lane / 16) ^ step * STEP_BYTES;
+#pragma unroll
+            for (int i = 0; i < DOWN; ++i) load_matrices(fragments[step][i], slab + offset + i * 8 * SLAB_BYTES);
+        }
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+            for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+                for (int element = 0; element < 4; ++element) {
+                    fragments[step][i][element] = round_to_tf32(fragments[step][i][element]);
+                }
+            }
+        }
     }
 };
 

@@ -105,23 +105,25 @@ DEVICE void put_rows(unsigned char* memory, const uint32_t* x, int rows) {
     }
 }
 
-// Products of a warpgroup, steps first to last - 1 of 32 bytes of a's depth, added up: a (64 rows of 128 bytes), or
-// for TF32 a_registers (steps, 128, 4); b (128 rows of 128 bytes), with PANELS two panels of 64 rows; d (128, 16, 4).
-template <Kind KIND, bool PANELS>
+// Products of a warpgroup, steps first to last - 1 of 32 bytes of a's depth, added up: a (64 * EVERY rows of 128
+// bytes, of which every EVERY-th group of eight from first_row on is multiplied), or for TF32 a_registers
+// (steps, 128, 4); b (COLUMNS rows of 128 bytes), with PANELS panels of 64 rows; d (128, COLUMNS / 8, 4).
+template <Kind KIND, int COLUMNS, bool PANELS, int EVERY>
 __global__ void __launch_bounds__(128)
 multiply_by_warpgroup(const uint32_t* a_rows, const uint32_t* a_registers, const uint32_t* b_rows, float* d_of,
-                      int first, int last) {
+                      int first, int last, int first_row) {
     constexpr int ROW = 128, PANEL = 64 * ROW;
     unsigned char* a_memory = dynamic_shared_memory<unsigned char>();
-    unsigned char* b_memory = a_memory + 64 * ROW;
-    put_rows(a_memory, a_rows, 64);
-    put_rows(b_memory, b_rows, 128);
-    float d[16][4];
+    unsigned char* b_memory = a_memory + EVERY * 64 * ROW;
+    put_rows(a_memory, a_rows, EVERY * 64);
+    put_rows(b_memory, b_rows, COLUMNS);
+    constexpr int SUMS = COLUMNS / 2;  // of a thread
+    float d[COLUMNS / 8][4];
 #pragma unroll
-    for (int i = 0; i < 64; ++i) d[i / 4][i % 4] = d_of[64 * threadIdx.x + i];
+    for (int i = 0; i < SUMS; ++i) d[i / 4][i % 4] = d_of[SUMS * threadIdx.x + i];
     show_to_products();
     __syncthreads();
-    const uint64_t a = warpgroup_operand(a_memory);
+    const uint64_t a = warpgroup_operand<EVERY>(a_memory + first_row * ROW);
     const uint64_t b = PANELS ? warpgroup_operand_of_panels(b_memory, PANEL) : warpgroup_operand(b_memory);
     for (int step = first; step < last; ++step) {
         const uint64_t a_step = a + 2 * step, b_step = b + (PANELS ? 128 : 2) * step;
@@ -136,7 +138,7 @@ multiply_by_warpgroup(const uint32_t* a_rows, const uint32_t* a_registers, const
         wait_products<0>();
     }
 #pragma unroll
-    for (int i = 0; i < 64; ++i) d_of[64 * threadIdx.x + i] = d[i / 4][i % 4];
+    for (int i = 0; i < SUMS; ++i) d_of[SUMS * threadIdx.x + i] = d[i / 4][i % 4];
 }
 
 // y (8, 32): what shuffles by `by` within segments of WIDTH lanes give, and votes of the lanes of mask.

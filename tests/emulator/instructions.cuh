@@ -61,8 +61,9 @@ DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint3
 
 #define WARPGROUPS 1
 
+template <int EVERY = 1>
 DEVICE uint64_t warpgroup_operand(const void* rows) {
-    return 1ull << 62 | 64ull << 32 | 1ull << 16 | shared_address(rows) >> 4;
+    return 1ull << 62 | uint64_t(EVERY * 64) << 32 | 1ull << 16 | shared_address(rows) >> 4;
 }
 
 DEVICE uint64_t warpgroup_operand_of_panels(const void* rows, int panel_bytes) {
@@ -80,19 +81,20 @@ DEVICE void wait_products(EmulatorSite site = EmulatorSite::here()) {
     emulator::wait_products(PENDING, site);
 }
 
-template <bool PANELS_B>
-DEVICE void warpgroup_multiply_float16(float (&d)[16][4], uint64_t a, uint64_t b,
+template <bool PANELS_B, int BLOCKS>
+DEVICE void warpgroup_multiply_float16(float (&d)[BLOCKS][4], uint64_t a, uint64_t b,
                                        EmulatorSite site = EmulatorSite::here()) {
-    emulator::multiply_warpgroup(emulator::Elements::FLOAT16, d[0], nullptr, a, b, PANELS_B, site);
+    emulator::multiply_warpgroup(emulator::Elements::FLOAT16, BLOCKS, d[0], nullptr, a, b, PANELS_B, site);
 }
 
-template <bool PANELS_B>
-DEVICE void warpgroup_multiply_bfloat16(float (&d)[16][4], uint64_t a, uint64_t b,
+template <bool PANELS_B, int BLOCKS>
+DEVICE void warpgroup_multiply_bfloat16(float (&d)[BLOCKS][4], uint64_t a, uint64_t b,
                                         EmulatorSite site = EmulatorSite::here()) {
-    emulator::multiply_warpgroup(emulator::Elements::BFLOAT16, d[0], nullptr, a, b, PANELS_B, site);
+    emulator::multiply_warpgroup(emulator::Elements::BFLOAT16, BLOCKS, d[0], nullptr, a, b, PANELS_B, site);
 }
 
-DEVICE void warpgroup_multiply_tf32(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+template <int BLOCKS>
+DEVICE void warpgroup_multiply_tf32(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b,
                                     EmulatorSite site = EmulatorSite::here()) {
-    emulator::multiply_warpgroup(emulator::Elements::TF32, d[0], a, 0, b, false, site);
+    emulator::multiply_warpgroup(emulator::Elements::TF32, BLOCKS, d[0], a, 0, b, false, site);
 }

@@ -384,7 +384,7 @@ uint32_t as_bits(float value) {
 
 // ---- warpgroups ---------------------------------------------------------------------------------------
 
-constexpr int GROUP_THREADS = 128, GROUP_ROWS = 64, GROUP_COLUMNS = 128;
+constexpr int GROUP_THREADS = 128, GROUP_ROWS = 64, MAX_GROUP_COLUMNS = 128;
 
 // What one thread hands to a product.
 struct GroupDeposit {
@@ -395,6 +395,7 @@ struct GroupDeposit {
 
 struct GroupProduct {
     Elements elements;
+    int columns;
     bool panels_b;
     GroupDeposit threads[GROUP_THREADS];
 };
@@ -465,8 +466,8 @@ float element_value(Elements elements, const unsigned char* at) {
 
 void run_product(const GroupProduct& product) {
     const bool tf32 = product.elements == Elements::TF32;
-    const int bytes = tf32 ? 4 : 2, depths = 32 / bytes;
-    static float a[GROUP_ROWS][16], b[16][GROUP_COLUMNS];
+    const int bytes = tf32 ? 4 : 2, depths = 32 / bytes, columns = product.columns;
+    static float a[GROUP_ROWS][16], b[16][MAX_GROUP_COLUMNS];
     const GroupDeposit& first = product.threads[0];
     for (int row = 0; row < GROUP_ROWS && !tf32; ++row)
         for (int k = 0; k < depths; ++k)
@@ -475,20 +476,20 @@ void run_product(const GroupProduct& product) {
         for (int i = 0; i < 4; ++i)
             a[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8][thread % 4 + i / 2 * 4] =
                 as_float(product.threads[thread].a_registers[i] & 0xffffe000u);
-    for (int column = 0; column < GROUP_COLUMNS; ++column)
+    for (int column = 0; column < columns; ++column)
         for (int k = 0; k < depths; ++k)
             b[k][column] = element_value(product.elements,
                                          operand_element(first.b, column, k, bytes, product.panels_b));
     for (int row = 0; row < GROUP_ROWS; ++row) {
-        static float sums[GROUP_COLUMNS];
+        static float sums[MAX_GROUP_COLUMNS];
         auto of_column = [&](int column) -> float& {
             const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
             return product.threads[thread].d[column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
         };
-        for (int column = 0; column < GROUP_COLUMNS; ++column) sums[column] = of_column(column);
+        for (int column = 0; column < columns; ++column) sums[column] = of_column(column);
         for (int k = 0; k < depths; ++k)
-            for (int column = 0; column < GROUP_COLUMNS; ++column) sums[column] += a[row][k] * b[k][column];
-        for (int column = 0; column < GROUP_COLUMNS; ++column) of_column(column) = sums[column];
+            for (int column = 0; column < columns; ++column) sums[column] += a[row][k] * b[k][column];
+        for (int column = 0; column < columns; ++column) of_column(column) = sums[column];
     }
 }
 
@@ -816,16 +817,16 @@ void multiply_bfloat16(float* d, const uint32_t* a, const uint32_t* b, Site site
 
 void show_to_products() { static_cast<Fiber*>(current)->hidden = false; }
 
-void multiply_warpgroup(Elements elements, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
-                        bool panels_b, Site site) {
+void multiply_warpgroup(Elements elements, int blocks, float* d, const uint32_t* a_registers, uint64_t a,
+                        uint64_t b, bool panels_b, Site site) {
     const GroupDeposit deposit{d, a_registers, a, b};
     if (launch_now.watched) {
         if (!a_registers) watch_operand(a, GROUP_ROWS, false, __builtin_return_address(0));
-        watch_operand(b, GROUP_COLUMNS, panels_b, __builtin_return_address(0));
+        watch_operand(b, blocks * 8, panels_b, __builtin_return_address(0));
     }
     meet_warpgroup("warpgroup_multiply", &deposit, site, [&](Warpgroup& group) {
         ++statistics.products;
-        GroupProduct product{elements, panels_b, {}};
+        GroupProduct product{elements, blocks * 8, panels_b, {}};
         for (int i = 0; i < GROUP_THREADS; ++i) {
             product.threads[i] = *group.deposits[i];
             if (product.threads[i].a != a || product.threads[i].b != b)

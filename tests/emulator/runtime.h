@@ -58,11 +58,11 @@ void multiply_float16(float* d, const uint32_t* a, const uint32_t* b, Site site)
 void multiply_bfloat16(float* d, const uint32_t* a, const uint32_t* b, Site site);
 
 // Products of a warpgroup. They are done when they are waited for where copies land at once, else at once:
-// of work that overlaps wrongly one of the two shows.
+// of work that overlaps wrongly one of the two shows. d has `blocks` of 8 columns.
 enum class Elements { TF32, FLOAT16, BFLOAT16 };
 void show_to_products();
-void multiply_warpgroup(Elements elements, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
-                        bool panels_b, Site site);
+void multiply_warpgroup(Elements elements, int blocks, float* d, const uint32_t* a_registers, uint64_t a,
+                        uint64_t b, bool panels_b, Site site);
 void commit_products(Site site);
 void wait_products(int pending, Site site);
 

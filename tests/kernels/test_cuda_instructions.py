@@ -305,51 +305,56 @@ def test_small_and_infinite_operands(kind, machine):
 
 
 # ---- products of warpgroups: sm_90a -------------------------------------------------------------
-# a is (64, depth), b (depth, 128), d (64, 128); a row in shared memory holds 128 bytes.
+# a is (64, depth), b (depth, columns), d (64, columns); a row in shared memory holds 128 bytes.
 
 THREADS = np.arange(128)
 D_ROWS = THREADS // 32 * 16 + THREADS % 32 // 4
 D_COLUMNS = THREADS % 4 * 2
 
 
-def group_d_places():
-    """Return the row and column of d's registers: (128, 16, 4) each."""
-    block, i = np.arange(16)[:, None], np.arange(4)
+def group_d_places(columns):
+    """Return the row and column of d's registers: (128, columns / 8, 4) each."""
+    block, i = np.arange(columns // 8)[:, None], np.arange(4)
     rows = D_ROWS[:, None, None] + i // 2 * 8 + 0 * block
     return rows, D_COLUMNS[:, None, None] + 8 * block + i % 2
 
 
+@pytest.mark.parametrize("a_rows", ["all", "even groups", "odd groups"])
 @pytest.mark.parametrize("steps", [(0, 1), (2, 3), (3, 4), (0, 4)], ids=str)
 @pytest.mark.parametrize("b_in", ["rows", "panels"])
-def test_products_of_warpgroups(b_in, steps, kind, machine, rng):
+@pytest.mark.parametrize("columns", [64, 128])
+def test_products_of_warpgroups(columns, b_in, steps, a_rows, kind, machine, rng):
     if machine.is_gpu and device_limits().architecture != 90:
         pytest.skip("only on sm_90a")
-    if kind == "TF32" and b_in == "panels":
-        pytest.skip("TF32 operands lie in rows")
+    if kind == "TF32" and (b_in == "panels" or a_rows != "all"):
+        pytest.skip("TF32 operands lie in rows, and a in registers")
     depth = 32 if kind == "TF32" else 64
-    a, b, d = (rng.standard_normal(s).astype("f4") for s in ((64, depth), (depth, 128), (64, 128)))
+    every, first_row = 1 if a_rows == "all" else 2, 8 if a_rows == "odd groups" else 0
+    shapes = ((64 * every, depth), (depth, columns), (64, columns))
+    a, b, d = (rng.standard_normal(shape).astype("f4") for shape in shapes)
     (a_bits, a_means), (b_bits, b_means) = to_bits(kind, a), to_bits(kind, b)
     if b_in == "rows":
         b_rows = np.ascontiguousarray(b_bits.T)
-    else:  # (depth, 2, 64 lines) -> two panels, each of a row of 64 lines for each depth
-        b_rows = np.ascontiguousarray(b_bits.reshape(depth, 2, 64).swapaxes(0, 1))
+    else:  # (depth, panels of 64 lines) -> each panel of a row of 64 lines for each depth
+        b_rows = np.ascontiguousarray(b_bits.reshape(depth, -1, 64).swapaxes(0, 1))
     registers = np.zeros((4, 128, 4), np.uint32)
     if kind == "TF32":
         for i in range(4):
             k = 8 * np.arange(4)[:, None] + THREADS % 4 + i // 2 * 4
             registers[:, :, i] = a_bits.view(np.uint32)[D_ROWS + i % 2 * 8, k]
-    places = group_d_places()
+    places = group_d_places(columns)
     found = np.ascontiguousarray(d[places])
     machine(
-        f"multiply_by_warpgroup<{kind}, {str(b_in == 'panels').lower()}>",
+        f"multiply_by_warpgroup<{kind}, {columns}, {str(b_in == 'panels').lower()}, {every}>",
         *(a_bits.view(np.uint32), registers, b_rows.view(np.uint32), found),
-        *(np.int32(steps[0]), np.int32(steps[1])),
+        *(np.int32(steps[0]), np.int32(steps[1]), np.int32(first_row)),
         block=128,
-        shared_bytes=3 * 64 * 128,
+        shared_bytes=(64 * every + columns) * 128,
     )
+    multiplied = a_means.reshape(-1, 8, depth)[first_row // 8 :: every].reshape(64, depth)
     part = slice(steps[0] * depth // 4, steps[1] * depth // 4)
-    exact = d + a_means[:, part] @ b_means[part]
-    sizes = np.abs(d) + np.abs(a_means[:, part]) @ np.abs(b_means[part])
+    exact = d + multiplied[:, part] @ b_means[part]
+    sizes = np.abs(d) + np.abs(multiplied[:, part]) @ np.abs(b_means[part])
     assert (np.abs(found - exact[places]) <= sizes[places] * 2.0**-21).all()
 
 
