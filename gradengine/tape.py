@@ -98,19 +98,17 @@ class SavedOutput(Version):
 class Node:
     """One recorded operation, or the leaf into which a gradient accumulates."""
 
-    __slots__ = (
-        *("__weakref__", "dtype", "edges", "hooks", "index"),
-        *("label", "leaf", "retained_by", "shape"),
-    )
+    __slots__ = ("__weakref__", "dtype", "edges", "hooks", "index", "label", "leaf", "shape")
+
+    Hooks: ClassVar[Any]  # the class of what is attached to a node; `autograd` sets it
 
     def __init__(self, label: str, shape: tuple[int, ...], dtype: Any) -> None:
         self.label = label
         self.shape = shape
         self.dtype = dtype
         self.edges: Sequence[Edge] = ()
-        self.hooks: dict[int, Callable[[Any], Any]] | None = None
+        self.hooks: Any = None  # of class Hooks, once anything is attached
         self.leaf: weakref.ref[Variable] | None = None
-        self.retained_by: weakref.ref[Variable] | None = None
         self.index = tick()
 
     def name(self) -> str:
@@ -128,6 +126,40 @@ class Node:
         if self.leaf is None:
             raise AttributeError(f"variable: only an AccumulateGrad node has one; got {self.label}")
         return self.leaf()
+
+    # -- hooks
+
+    def attached(self) -> Any:
+        """Return what is attached to this node, hooks and metadata: made when it is first asked for."""
+        if self.hooks is None:
+            self.hooks = Node.Hooks(self)
+        return self.hooks
+
+    @property
+    def metadata(self) -> dict[Any, Any]:
+        """A dict for whatever the user wants to note at this node."""
+        return self.attached().metadata
+
+    def register_hook(self, fn: Callable[..., Any]) -> RemovableHandle:
+        """Call `fn(grad_inputs, grad_outputs)` each time after backward has run this node.
+
+        Both are tuples: one place for each input of the operation (None where no gradient is wanted; none
+        at all for AccumulateGrad), and one for each result. A tuple that is returned replaces
+        grad_inputs; a None in it means that no gradient goes there.
+        """
+        return RemovableHandle(self.attached().after, fn)
+
+    def register_prehook(self, fn: Callable[..., Any]) -> RemovableHandle:
+        """Call `fn(grad_outputs)` each time before backward runs this node; a returned tuple replaces it."""
+        return RemovableHandle(self.attached().before, fn)
+
+    def split(self, grad: Any) -> tuple[Any, ...]:
+        """Return an incoming gradient as one for each result: most nodes have one."""
+        return (grad,)
+
+    def join(self, grads: tuple[Any, ...]) -> Any:
+        """Undo `split`; None where nothing is left."""
+        return grads[0]
 
     def release(self) -> None:
         """Free the saved arrays. A node that saved none can be walked again, as in PyTorch."""
@@ -221,7 +253,8 @@ class Variable:
     """An array with its place on the tape. `Tensor` adds everything that is arithmetic."""
 
     # Only the path of every small operation reads `_node`, and asks for `node` where `_view` is set.
-    __slots__ = ("__weakref__", "_counter", "_grad", "_node", "_view", "array")
+    # `_attached` is set only for a leaf with hooks that stops requiring a gradient.
+    __slots__ = ("__weakref__", "_attached", "_counter", "_grad", "_node", "_view", "array")
 
     Result: ClassVar[type[Any]]  # the class of every operation's result; `tensor.py` sets it
 
@@ -263,6 +296,8 @@ class Variable:
                     "use tensor.detach() for a tensor that is not part of the graph"
                 )
         elif not value:
+            if self.node is not None and self.node.hooks is not None:
+                self._attached = self.node.hooks
             self.node = None
         elif self.node is None:
             if not is_floating_point(self.array.dtype):
@@ -272,6 +307,7 @@ class Variable:
                 )
             self.node = Node("AccumulateGrad", self.array.shape, self.array.dtype)
             self.node.leaf = weakref.ref(self)
+            self.node.hooks = getattr(self, "_attached", None)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Set `requires_grad` in place and return this tensor."""
@@ -326,26 +362,48 @@ class Variable:
     @property
     def retains_grad(self) -> bool:
         """Whether `retain_grad()` was called on this non-leaf tensor."""
-        return not self.is_leaf and self.node.retained_by is not None  # type: ignore[union-attr]
+        if self.node is None or self.node.leaf is not None or self.node.hooks is None:
+            return False
+        return self.node.hooks.retained_by is not None
 
     def retain_grad(self) -> None:
-        """Keep this non-leaf tensor's gradient in `grad`; nothing to do for a leaf."""
+        """Add this non-leaf tensor's gradient to `grad`, after its hooks; nothing to do for a leaf."""
         if self.node is None:
             raise RuntimeError(
                 "retain_grad: can't retain_grad on a Tensor that has requires_grad=False"
             )
         if self.node.leaf is None:
-            self.node.retained_by = weakref.ref(self)
+            self.node.attached().retained_by = weakref.ref(self)
 
     def register_hook(self, hook: Callable[[Any], Any]) -> RemovableHandle:
-        """Call `hook(grad)` when this tensor's gradient is complete; a tensor it returns takes its place."""
+        """Call `hook(grad)` when this tensor's gradient is complete; a tensor it returns takes its place.
+
+        The hooks of one tensor run in the order of registration, before `retain_grad` looks and before
+        the hooks of its node. What was registered before an operation in place goes on seeing the
+        gradient of what the tensor was then.
+        """
+        return RemovableHandle(self._attached_to_node("register_hook").of_tensor, hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
+        """Call `hook(tensor)` each time after backward has added to `grad` of this leaf.
+
+        It may use `grad` at once and set it to None, such as an optimizer that steps within backward.
+        Raises RuntimeError for a tensor that is no leaf.
+        """
+        hooks = self._attached_to_node("register_post_accumulate_grad_hook")
+        if not self.is_leaf:
+            raise RuntimeError(
+                "register_post_accumulate_grad_hook: post accumulate grad hooks cannot be registered on "
+                "non-leaf tensors"
+            )
+        return RemovableHandle(hooks.accumulated, hook)
+
+    def _attached_to_node(self, name: str) -> Any:
         if self.node is None:
             raise RuntimeError(
-                "register_hook: cannot register a hook on a tensor that doesn't require gradient"
+                f"{name}: cannot register a hook on a tensor that doesn't require gradient"
             )
-        if self.node.hooks is None:
-            self.node.hooks = {}
-        return RemovableHandle(self.node.hooks, hook)
+        return self.node.attached()
 
     def backward(
         self,
@@ -414,10 +472,11 @@ class Variable:
     def replace_node(self, old: Node | None, new: Node | None) -> None:
         """Put this tensor on another node of the tape; `retain_grad` goes on at the new one."""
         self.node = new
-        if old is None or new is None or old is new or old.retained_by is None:
+        hooks = None if old is None or old is new else old.hooks
+        if hooks is None or new is None or hooks.retained_by is None:
             return
-        if old.retained_by() is self:
-            new.retained_by, old.retained_by = old.retained_by, None
+        if hooks.retained_by() is self:
+            new.attached().retained_by, hooks.retained_by = hooks.retained_by, None
 
 
 # ---- the walk ------------------------------------------------------------------------------------
@@ -433,14 +492,14 @@ def accumulate_gradients(
     """Walk back from `tensors` and add to `grad` of the leaves, or of `inputs` alone where they are given."""
     seeds = _seeds(tensors, gradients, create_graph)
     if inputs is None:
-        _walk(seeds, retain_graph, create_graph, None)
+        _walk(seeds, retain_graph, create_graph, None, True)
         return
     targets = [inputs] if isinstance(inputs, Variable) else list(inputs)
     if not targets:
         raise RuntimeError("backward: inputs argument to backward() cannot be empty")
-    captured = _walk(seeds, retain_graph, create_graph, _nodes_of(targets, "backward"))
+    captured = _walk(seeds, retain_graph, create_graph, _nodes_of(targets, "backward"), True)
     for target in targets:
-        if target.node in captured:
+        if target.node in captured and not target.retains_grad:
             _accumulate(target, captured.pop(target.node), create_graph)
 
 
@@ -511,13 +570,18 @@ def _walk(
     retain_graph: bool | None,
     create_graph: bool,
     targets: set[Node] | None,
+    accumulates: bool = False,
 ) -> dict[Node, Any]:
-    """Run pullbacks, newest node first. With `targets`, only what leads to them: return their gradients."""
+    """Run pullbacks, newest node first. With `targets`, only what leads to them: return their gradients.
+
+    If it `accumulates`, the gradients of leaves go to their `grad` instead.
+    """
     release = not (create_graph if retain_graph is None else retain_graph)
     needed = None if targets is None else _leading_to(targets, gradients)
     captured: dict[Node, Any] = {}
+    early = Node.Hooks.early_leaves(gradients, needed) if accumulates else None
     pull = pull_instead or _pull
-    heap = [(-node.index, node) for node in gradients]
+    heap = [(-node.index, node) for node in gradients if needed is None or node in needed]
     heapq.heapify(heap)
     # Gradients have the dtypes that forward chose, also in a backward under autocast.
     first = next(iter(gradients.values()), None)
@@ -525,16 +589,25 @@ def _walk(
     with place, set_grad_enabled(create_graph), autocast("cuda", enabled=False):
         while heap:
             node = heapq.heappop(heap)[1]
-            if node.hooks or node.retained_by is not None:
-                gradients[node] = _run_hooks(node, gradients[node])
-            if targets is not None and node in targets:
+            hooks = node.hooks
+            if hooks is not None:
+                gradients[node] = hooks.on_gradient(node, gradients[node])
+            if targets is not None and node in targets and (node.leaf is None or not accumulates):
                 captured[node] = gradients[node]
-            if node.leaf is None:
+                if not _leads_on(node, needed):
+                    continue
+            if node.leaf is not None:
+                accumulate = _accumulate_at_leaf if hooks is None else hooks.accumulate
+                accumulate(node, gradients, create_graph)
+                continue
+            if hooks is None:
                 pull(node, gradients, heap, needed, create_graph)
-                if release:
-                    node.release()
-            elif targets is None:
-                _accumulate_at_leaf(node, gradients, create_graph)
+            else:
+                hooks.pull(pull, node, gradients, heap, needed, create_graph)
+            if release:
+                node.release()
+            if early is not None:
+                early.accumulate_after(node, gradients, heap, create_graph)
     return captured
 
 
@@ -544,10 +617,14 @@ def _pull(
     heap: list[tuple[int, Node]],
     needed: set[Node] | None,
     create_graph: bool,
+    edges: Sequence[Edge] | None = None,
 ) -> None:
-    """Run a node's pullbacks on its complete gradient and add each share to the parent's."""
+    """Run a node's pullbacks on its complete gradient and add each share to the parent's.
+
+    `edges` take the place of the node's own.
+    """
     grad = gradients.pop(node)
-    for edge in node.edges:
+    for edge in node.edges if edges is None else edges:
         if edge is None or (needed is not None and edge[0] not in needed):
             continue
         parent, pullback, saved = edge
@@ -603,6 +680,11 @@ def _leading_to(targets: set[Node], roots: Iterable[Node]) -> set[Node]:
     return needed
 
 
+def _leads_on(node: Node, needed: set[Node] | None) -> bool:
+    """Whether the walk goes on from a node that is a target itself."""
+    return any(edge is not None and edge[0] in (needed or ()) for edge in node.edges)
+
+
 def _unpack(node: Node, saved: tuple[Any, ...], create_graph: bool) -> list[Any]:
     """Return what a pullback named, as arrays or as Tensors, after checking that none was written since."""
     values = []
@@ -620,35 +702,6 @@ def _unpack(node: Node, saved: tuple[Any, ...], create_graph: bool) -> list[Any]
         else:
             values.append(value)
     return values
-
-
-def _run_hooks(node: Node, grad: Any) -> Any:
-    """Run the tensor hooks in order, then keep the gradient where `retain_grad` asked for it."""
-    tensor = grad if isinstance(grad, Variable) else Variable.Result(grad)
-    for hook in list((node.hooks or {}).values()):
-        replacement = hook(tensor)
-        if replacement is None:
-            continue
-        name = getattr(hook, "__name__", repr(hook))
-        if not isinstance(replacement, Variable):
-            raise TypeError(
-                f"hook '{name}' must return a Tensor or None; got {type(replacement).__name__}"
-            )
-        if replacement.array.shape != node.shape:
-            raise RuntimeError(
-                f"hook '{name}' has changed the size of value; got {replacement.array.shape}, "
-                f"expected {node.shape}"
-            )
-        if replacement.array.dtype != node.dtype:
-            raise RuntimeError(
-                f"hook '{name}' has changed the dtype of value; got {replacement.array.dtype}, "
-                f"expected {node.dtype}"
-            )
-        tensor = replacement
-    holder = node.retained_by() if node.retained_by is not None else None
-    if holder is not None:
-        holder._grad = tensor
-    return tensor if isinstance(grad, Variable) else tensor.array
 
 
 def _accumulate_at_leaf(node: Node, gradients: dict[Node, Any], create_graph: bool) -> None:

@@ -19,6 +19,7 @@ from gradengine.autograd.function import Function, once_differentiable
 from gradengine.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from gradengine.autograd.lines import trace_lines
 from gradengine.autograd.memory import memory
+from gradengine.autograd.node_hooks import NodeHooks
 from gradengine.autograd.trace import load_trace, trace
 from gradengine.factories import zeros_like
 from gradengine.grad_mode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
@@ -54,6 +55,8 @@ __all__ = [
     "trace",
     "trace_lines",
 ]
+
+Node.Hooks = NodeHooks
 
 
 def _as_tuple(name: str, value: Any, count: int | None = None) -> tuple[Any, ...]:

@@ -105,21 +105,19 @@ def _pull_and_check(
     heap: Any,
     needed: Any,
     create_graph: bool,
+    edges: Any = None,
 ) -> None:
     """Do what the tape does for one node, and look at each share of the gradient."""
-    edges = node.edges
-    node.edges = [
+    checked = [
         edge and (edge[0], edge[1] and functools.partial(_checked, node, edge, i), edge[2])
-        for i, edge in enumerate(edges)
+        for i, edge in enumerate(node.edges if edges is None else edges)
     ]
     try:
-        tape._pull(node, gradients, heap, needed, create_graph)
+        tape._pull(node, gradients, heap, needed, create_graph, checked)
     except Exception as error:
         if not hasattr(error, "__notes__"):
             error.add_note(f"in backward of {node.label}{_line(node)}")
         raise
-    finally:
-        node.edges = edges
 
 
 def _checked(node: Node, edge: Any, position: int, grad: Any, *saved: Any) -> Any:

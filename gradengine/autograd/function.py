@@ -16,7 +16,7 @@ from gradengine.dtypes import is_floating_point
 from gradengine.grad_mode import grad_mode, no_grad
 from gradengine.in_place import check_recorded_write, is_recorded, take_over
 from gradengine.operation import cast, sum_to_shape
-from gradengine.tape import Node, Variable
+from gradengine.tape import Node, RemovableHandle, Variable
 from gradengine.tape import _unpack as unpack
 
 
@@ -96,10 +96,51 @@ class FunctionNode(Node):
             )
         return self.call.restored(unpack(self, edge[2], True))
 
+    def split(self, grad: Any) -> tuple[Any, ...]:
+        """Return an incoming gradient as one for each result of forward, None where there is none."""
+        gradients = grad.gradients if isinstance(grad, _Bundle) else {self.call.only: grad}
+        return tuple([gradients.get(position) for position in range(len(self.call.results))])
+
+    def join(self, grads: tuple[Any, ...]) -> Any:
+        """Undo `split`."""
+        gradients = {i: grad for i, grad in enumerate(grads) if grad is not None}
+        if not gradients:
+            return None
+        return _Bundle(gradients) if self.call.only < 0 else gradients[self.call.only]
+
     def release(self) -> None:
         """Free the saved tensors, and the gradients of the last walk."""
         super().release()
         self.call.forget()
+
+
+class ResultNode(Node):
+    """The node of one of a call's several results: what is asked of it is asked of the call's."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.edges[0][0], name)
+
+    @property
+    def next_functions(self) -> tuple[tuple[Node | None, int], ...]:
+        """One pair (node or None, 0) for each argument of the call."""
+        return self.edges[0][0].next_functions
+
+    @property
+    def metadata(self) -> dict[Any, Any]:
+        """A dict for whatever the user wants to note at the call."""
+        return self.edges[0][0].metadata
+
+    def register_hook(self, fn: Callable[..., Any]) -> RemovableHandle:
+        """Call `fn(grad_inputs, grad_outputs)` after backward of the call, with all its results."""
+        return self.edges[0][0].register_hook(fn)
+
+    def register_prehook(self, fn: Callable[..., Any]) -> RemovableHandle:
+        """Call `fn(grad_outputs)` before backward of the call, with all its results."""
+        return self.edges[0][0].register_prehook(fn)
 
 
 class _Result:
@@ -197,7 +238,7 @@ class Call:
         if position == self.only:
             return node
         result = self.results[position]
-        own = Node(self.label, result.shape, result.dtype)  # type: ignore[union-attr]
+        own = ResultNode(self.label, result.shape, result.dtype)  # type: ignore[union-attr]
         own.edges = ((node, lambda grad: _Bundle({position: grad}), ()),)
         return own
 

@@ -274,7 +274,8 @@ class Recorder:
         self._depth -= 1
         _, start, inputs, event = begun
         node, gradients = frame.f_locals["node"], frame.f_locals["gradients"]
-        shares = [gradients.get(edge[0]) for edge in node.edges if edge is not None]
+        edges = frame.f_locals["edges"] or node.edges
+        shares = [gradients.get(edge[0]) for edge in edges if edge is not None]
         outputs = [self._value(share) for share in shares if _is_array(share)]
         forward = self._nodes.get(node)
         module, line = self._places.get(node, ("", ""))
