@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                                               # everything, in minutes
     python benchmarks/gpu.py --only training --batches 256 --peers eager   # in well under a minute
     python benchmarks/gpu.py --only convolutions,passes --seconds 120
+    python benchmarks/gpu.py --only tiles                                  # of convolutions, each one
     python benchmarks/gpu.py --rehearse                                    # without a GPU, on tiny sizes
 
 Contestants of a row take turns; a time is the median of what events on the device say. Steps are timed
@@ -68,8 +69,10 @@ GROUPS: dict[str, Rows] = {
     "frozen": _steps("frozen"),
     "forward": _steps("forward"),
     "process": lambda device, options: process_rows(device, 2 if options.rehearse else 32),
+    "tiles": _kernels(gpu_kernels.tile_rows),
     "launches": lambda device, options: launch_rows(device, options.batches, options.rehearse),
 }
+UNASKED = [name for name in GROUPS if name != "tiles"]  # what a run measures unless told
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -79,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("gpu", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     groups, peers = ",".join(GROUPS), ",".join(gpu_steps.PEERS)
-    add("--only", type=_choices("group", GROUPS), default=list(GROUPS), metavar="GROUP,...",
+    add("--only", type=_choices("group", GROUPS), default=UNASKED, metavar="GROUP,...",
         help=f"groups of rows, of {groups}")  # fmt: skip
     add("--rows", type=re.compile, default=re.compile(""), metavar="REGEX",
         help="of these groups only the rows in whose name it is found")  # fmt: skip

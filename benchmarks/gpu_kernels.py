@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,13 @@ import numpy as np
 
 import gradengine as ge
 from benchmarks.gpu_device import Device, Run
-from benchmarks.gpu_race import Contestant, Row
+from benchmarks.gpu_race import COUNT, Contestant, Row
 from benchmarks.gpu_steps import OPTIONS
 from gradengine import kernels
+from gradengine.kernels import settings
+from gradengine.kernels.cuda import conv2d, tuning
+from gradengine.kernels.cuda.launch import Limits, device_limits
+from gradengine.kernels.cuda.tiles import TensorTile
 from gradengine.kernels.geometry import conv2d_geometry
 from gradengine.models import resnet18
 from gradengine.nn import functional as F
@@ -41,6 +46,8 @@ PASSES = {
 PRECISIONS = ("bf16", "tf32")
 # PyTorch's setting for products of float32 matrices.
 PRODUCTS = {"fp32": "highest", "tf32": "high", "bf16": "high"}
+TILE_SAMPLES = 5
+REHEARSED = Limits(architecture=90, multiprocessors=132, shared_bytes=227 << 10)
 COPIED = 1 << 30  # bytes
 # M x K by K x N; T marks the operand that is a transposed view.
 MATRICES = [
@@ -212,27 +219,27 @@ def _distance(device: Device, runs: dict[str, Run], peer: str) -> dict[str, dict
 
 def convolution_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
     """Yield each pass of each convolution beside cuDNN in both memory layouts."""
-    for place, which in enumerate(PASSES):
+    for case in _convolutions(device, sizes, PASSES):
+        peers = (Contestant(f"cuDNN {kind}", case.theirs(kind)) for kind in ("nhwc", "nchw"))
+        yield Row(
+            "convolutions",
+            case.name,
+            [Contestant("gradengine", case.ours), *torch_only(device, *peers)],
+            flop=case.flop,
+            moved=case.moved,
+            labels=case.labels,
+            check=lambda runs: _distance(device, runs, "cuDNN nhwc"),
+            importance=20 + 0.1 * list(PASSES).index(case.which),
+        )
+
+
+def _convolutions(device: Device, sizes: Sizes, passes: Iterable[str]) -> Iterator[_Convolution]:
+    for which in passes:
         for precision in PRECISIONS:
             for shape in CONVOLUTIONS:
-                inputs, outputs, size, kernel, stride = shape
-                if inputs == 3 and which == "gradient by input":
+                if shape[0] == 3 and which == "gradient by input":
                     continue  # nobody asks for the gradient by the images
-                case = _Convolution(device, sizes, precision, which, shape)
-                name = f"{kernel}x{kernel} stride {stride}, {inputs} to {outputs}, {size} px"
-                peers = (
-                    Contestant(f"cuDNN {kind}", case.theirs(kind)) for kind in ("nhwc", "nchw")
-                )
-                yield Row(
-                    "convolutions",
-                    f"{precision} {which}, {name}",
-                    [Contestant("gradengine", case.ours), *torch_only(device, *peers)],
-                    flop=case.flop,
-                    moved=case.moved,
-                    labels={"precision": precision, "pass": which, "convolution": name},
-                    check=lambda runs: _distance(device, runs, "cuDNN nhwc"),
-                    importance=20 + 0.1 * place,
-                )
+                yield _Convolution(device, sizes, precision, which, shape)
 
 
 class _Convolution:
@@ -243,6 +250,9 @@ class _Convolution:
     ) -> None:
         inputs, outputs, size, kernel, stride = shape
         self.device, self.precision, self.which, self.stride = device, precision, which, stride
+        what = f"{kernel}x{kernel} stride {stride}, {inputs} to {outputs}, {size} px"
+        self.name = f"{precision} {which}, {what}"
+        self.labels = {"precision": precision, "pass": which, "convolution": what}
         pixels = sizes.pixels(size)
         self.shapes = ((sizes.batch, inputs, pixels, pixels), (outputs, inputs, kernel, kernel))
         self.geometry = conv2d_geometry(*self.shapes, stride, kernel // 2, 1, 1)
@@ -286,6 +296,57 @@ class _Convolution:
             return lambda: backward(grad, x, weight, None, *geometry, mask)[place]
 
         return make
+
+
+def tile_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
+    """Yield each pass of each convolution in every tile that the device can compute.
+
+    To compile them takes longer than all else: `python -m gradengine compile` does it ahead.
+    """
+    for case in _convolutions(device, sizes, ("forward", "gradient by input")):
+        yield Row(
+            "tiles",
+            case.name,
+            [],
+            COUNT,
+            flop=case.flop,
+            labels=case.labels,
+            check=lambda runs, case=case: _times_of_tiles(device, case),
+            importance=50,
+        )
+
+
+def _times_of_tiles(device: Device, case: _Convolution) -> dict[str, dict[str, float]]:
+    """Return the median of each tile, and of what the rule chooses, the shortest first."""
+    run = case.ours()
+    limits = device_limits() if device.name == "cuda" else REHEARSED
+    runs = {_tile_name(tile): _in_tile(run, tile) for tile in conv2d.possible_tiles(limits)}
+    found = {name: _median(device, one) for name, one in {"as chosen": run, **runs}.items()}
+    return {name: {"median": found[name]} for name in sorted(found, key=found.__getitem__)}
+
+
+def _median(device: Device, run: Run) -> float:
+    run()  # compiles and loads
+    ahead = max(device.time(run, 2).queueing, 1e-6)
+    return statistics.median(device.time(run, TILE_SAMPLES, 1, ahead).seconds)
+
+
+def _in_tile(run: Run, tile: TensorTile) -> Run:
+    def run_in_tile() -> Any:
+        before = settings.cuda.benchmark
+        settings.cuda.benchmark = True
+        try:
+            with tuning.imposed(tile):
+                return run()
+        finally:
+            settings.cuda.benchmark = before
+
+    return run_in_tile
+
+
+def _tile_name(tile: TensorTile) -> str:
+    kind = " warpgroups" if conv2d.by_warpgroups(tile) else ""
+    return f"{tile.rows}x{tile.columns}{kind}"
 
 
 # ---- passes over memory --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from benchmarks import gpu, gpu_device, gpu_profile, gpu_report
 from benchmarks.gpu_device import Memory, Rehearsal, Turn
 from benchmarks.gpu_race import BudgetSpentError, Contestant, Row, measure
 from gradengine.kernels import settings
-from gradengine.kernels.cuda import launch
+from gradengine.kernels.cuda import conv2d, launch
 
 
 def step_row(batch: int, peers: str = "eager", **medians: float) -> dict[str, Any]:
@@ -470,6 +470,23 @@ def test_our_kernels_in_rows_of_bfloat16_run_emulated(
     assert len(found) >= 2
     assert all("median" in one for one in found)
     assert all(one["distance"] < 1e-2 for one in found if group != "passes")
+
+
+def test_rows_of_tiles_run_emulated_in_each_tile(emulated_cuda, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Rehearsal, "dtype", gpu_device.Device.dtype)
+    arguments = ("--only", "tiles", "--rows", "bf16.*1x1 stride 2, 64")
+    results, log = rehearsed(tmp_path, *arguments)
+    assert log == ""
+    assert len(results["rows"]) == 2
+    for row in results["rows"]:
+        assert len(row["contestants"]) == 1 + len(conv2d.TILES)
+        assert "256x64 warpgroups 1.00 ms" in gpu_report.line(row)
+    names = " ".join(name for _, source, name in launch._kernels if source == conv2d.SOURCE)
+    for tile in conv2d.TILES:
+        parameters = ", ".join(map(str, tile))
+        assert f"conv2d_forward<bfloat16, {parameters}, false>" in names
+        assert f"conv2d_grad_input<bfloat16, {parameters}>" in names
+    assert not settings.cuda.benchmark
 
 
 @pytest.mark.parametrize("group", ["training", "frozen", "forward"])

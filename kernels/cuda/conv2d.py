@@ -457,8 +457,9 @@ def _timed_tile(
     """Return the tile that took least, where the user lets tiles be timed, else None."""
     if not settings.cuda.benchmark:
         return None
-    tiles = _possible_tiles(device_limits())
-    return tuning.fastest((name, geometry, arrays.x.dtype.name), tiles, run)
+    return tuning.fastest(
+        (name, geometry, arrays.x.dtype.name), possible_tiles(device_limits()), run
+    )
 
 
 def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> TensorTile:
@@ -468,10 +469,11 @@ def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> Tensor
         blocks = covering(tile, rows, columns) * groups
         return -(-blocks // limits.multiprocessors) * tile.rows * tile.columns / TILES[tile]
 
-    return min(_possible_tiles(limits), key=time)
+    return min(possible_tiles(limits), key=time)
 
 
-def _possible_tiles(limits: Limits) -> list[TensorTile]:
+def possible_tiles(limits: Limits) -> list[TensorTile]:
+    """Return the tiles that a device can compute."""
     has_warpgroups = limits.architecture == WARPGROUP_ARCHITECTURE
     return [
         tile

@@ -360,7 +360,7 @@ def test_old_gpus_with_less_shared_memory_get_smaller_tiles():
     tile = conv2d._choose_tile(1 << 20, 512, 1, limits)
     assert conv2d.shared_bytes(tile) <= limits.shared_bytes
     assert conv2d._choose_tile(1 << 20, 64, 1, limits).columns == 64
-    assert not any(map(conv2d.by_warpgroups, conv2d._possible_tiles(limits)))
+    assert not any(map(conv2d.by_warpgroups, conv2d.possible_tiles(limits)))
 
 
 @pytest.mark.parametrize(("architecture", "has"), [(89, False), (90, True), (100, False)])
