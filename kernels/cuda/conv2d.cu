@@ -318,9 +318,10 @@ template <int WARP_ROWS, int WARP_COLUMNS> constexpr bool BY_WARPGROUPS = WARP_R
 // Blocks that a multiprocessor holds at a time: registers suffice for so many, and shared memory not for more.
 constexpr int RESIDENT_128_X_64 = __CUDA_ARCH__ >= 900 ? 3 : 2;
 template <int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS>
-constexpr int RESIDENT_BLOCKS = ROWS == 128 && COLUMNS == 64                   ? RESIDENT_128_X_64
-                                : ROWS * COLUMNS == 64 * 64                    ? 4
-                                                                               : 2;
+constexpr int RESIDENT_BLOCKS = ROWS * COLUMNS > 128 * 128     ? 1
+                                : ROWS == 128 && COLUMNS == 64 ? RESIDENT_128_X_64
+                                : ROWS * COLUMNS == 64 * 64    ? 4
+                                                               : 2;
 
 // ---- kernels ----------------------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ _GRADIENT = np.dtype(
 WARPGROUP_ARCHITECTURE = 90
 TILES = {
     TensorTile(128, 128, 16, 128, 3): 1.3,
+    TensorTile(256, 128, 16, 128, 4): 1.25,
     TensorTile(64, 128, 16, 128, 4): 1.1,
     TensorTile(256, 64, 32, 64, 2): 1.15,
     TensorTile(128, 64, 16, 64, 3): 1.05,

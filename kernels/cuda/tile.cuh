@@ -69,7 +69,7 @@ struct Slab {
     static constexpr int COUNT = LINES / STEP;
     static constexpr int PANEL = SLAB_BYTES / sizeof(T);  // lines side by side in a row, CROSSWISE
     static_assert(LINES % STEP == 0 && LINES % PANEL == 0 && STEP % 8 == 0);
-    static_assert((STEP & (STEP - 1)) == 0 && SLAB_DEPTH<T> % STEP == 0);
+    static_assert((STEP & (STEP - 1)) == 0 && (LAYOUT == Layout::DEPTHWISE || SLAB_DEPTH<T> % STEP == 0));
 
     static DEVICE int chunk() { return threadIdx.x % 8; }
     static DEVICE int row(int i) { return threadIdx.x / 8 + i * STEP; }
@@ -403,8 +403,9 @@ private:
 };
 
 // The same by the instructions of warpgroups (sm_90a), each four warps one below the other: rows of a are depthwise.
-// Float32 of b must be rounded to tf32 in memory, and depthwise. The multiprocessor should have two blocks: each
-// drains the tensor cores after every slab, so that its memory can be filled again STAGES - 1 slabs ahead.
+// Float32 of b must be rounded to tf32 in memory, and depthwise. A multiprocessor should have two blocks, which take
+// turns: each drains the tensor cores after every slab. A block that is alone leaves the products of one slab
+// running while it issues those of the next (float32 cannot: the registers of a are needed again).
 template <typename Element, int ROWS, int COLUMNS, int WARP_ROWS, int STAGES, Layout LAYOUT_B>
 struct WarpgroupTile
     : TileSums<ROWS, COLUMNS, WARP_ROWS, COLUMNS, RowOrder::BY_EIGHT, DEALS_COLUMNS<Element, LAYOUT_B>> {
@@ -418,7 +419,9 @@ struct WarpgroupTile
     static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
     static_assert(WARP_ROWS == 16 || WARP_ROWS == 32);
     static_assert(COLUMNS == 64 || COLUMNS == 128);
-    static_assert(ROWS % (4 * WARP_ROWS) == 0 && STAGES >= 2);
+    static constexpr int RUNNING = ROWS * COLUMNS > 128 * 128 && sizeof(T) == 2 ? 1 : 0;  // slabs of products
+    static constexpr int AHEAD = STAGES - 1 - RUNNING;                                     // slabs of copies
+    static_assert(ROWS % (4 * WARP_ROWS) == 0 && AHEAD >= 1);
     static_assert(sizeof(T) == 2 || LAYOUT_B == Layout::DEPTHWISE);
 
     // As Tile::compute.
@@ -426,24 +429,25 @@ struct WarpgroupTile
     DEVICE void compute(unsigned char* shared, LoaderA& a, LoaderB& b, int slabs) {
         this->clear();
 #pragma unroll
-        for (int stage = 0; stage < STAGES - 1; ++stage) {
+        for (int stage = 0; stage < AHEAD; ++stage) {
             if (stage < slabs) copy(shared + stage * STAGE_BYTES, a, b);
             commit_copies();
         }
         unsigned char* const end = shared + SHARED_BYTES;
         unsigned char* reading = shared;
-        unsigned char* writing = end - STAGE_BYTES;
+        unsigned char* writing = shared + AHEAD * STAGE_BYTES;
         for (int slab = 0; slab < slabs; ++slab) {
-            wait_copies<STAGES - 2>();
+            wait_copies<AHEAD - 1>();
             show_to_products();
-            __syncthreads();  // this slab has landed, and all products of the last one are done
+            __syncthreads();  // this slab has landed, and products of `writing` are done
             multiply(reading);
-            if (slab + STAGES - 1 < slabs) copy(writing, a, b);
+            if (slab + AHEAD < slabs) copy(writing, a, b);
             commit_copies();
-            wait_products<0>();
+            wait_products<RUNNING>();
             reading = reading + STAGE_BYTES == end ? shared : reading + STAGE_BYTES;
             writing = writing + STAGE_BYTES == end ? shared : writing + STAGE_BYTES;
         }
+        wait_products<0>();
     }
 
 private:
