@@ -19,7 +19,13 @@ from gradengine.kernels import settings
 from gradengine.kernels.cuda import conv2d_plain, conv2d_weight, tuning
 from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
 from gradengine.kernels.cuda.layout import channels_last
-from gradengine.kernels.cuda.tiles import CHUNK_BYTES, SLAB_BYTES, TensorTile, covering
+from gradengine.kernels.cuda.tiles import (
+    CHUNK_BYTES,
+    SLAB_BYTES,
+    WARPGROUP_ARCHITECTURE,
+    TensorTile,
+    covering,
+)
 from gradengine.kernels.geometry import CACHED_GEOMETRIES, Conv2dGeometry
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 
@@ -67,8 +73,7 @@ _GRADIENT = np.dtype(
 
 
 # Each with its share of the tensor cores' peak: smaller tiles load more for each product. Warps whose
-# part is wider than tall multiply as warpgroups, which only one architecture has.
-WARPGROUP_ARCHITECTURE = 90
+# part is wider than tall multiply as warpgroups.
 TILES = {
     TensorTile(128, 128, 16, 128, 3): 1.3,
     TensorTile(256, 128, 16, 128, 4): 1.25,

@@ -4,10 +4,11 @@
 // pixels in slices; each writes its sums in float32 to partials, which slices.cu adds up in a fixed order.
 // Arrays are channels-last. Rows of the product are output channels k, columns are (tap, c).
 //
-//   window_grad_weight  stages patches of neighbouring pixels in shared memory and reads from there for all
-//                       taps: every pixel of x comes from global memory about once, not once for each tap.
-//   gather_grad_weight  is an ordinary tiled product whose loader gathers the pixels of each tap: for pointwise
-//                       convolutions, groups, and few channels.
+//   window_grad_weight     stages patches of neighbouring pixels in shared memory and reads from there for all
+//                          taps: every pixel of x comes from global memory about once, not once for each tap.
+//   warpgroup_grad_weight  is the same by the tensor cores of warpgroups: 16-bit elements on sm_90a.
+//   gather_grad_weight     is an ordinary tiled product whose loader gathers the pixels of each tap: for pointwise
+//                          convolutions, groups, and few channels.
 #include <pixels.cuh>
 #include <tile.cuh>
 
@@ -24,10 +25,22 @@ struct Window {
     int source_rows, source_columns;           // of x, for one image of a patch
     int padded_pixels, source_pixels;          // of a patch: of the output, rounded up, and of x
     int stage_bytes;                           // of shared memory that a patch takes
-    // Where shared memory has them, in pixels: columns that lie stride_x apart are adjacent, the columns of the
-    // next residue follow phase_pitch on.
-    int phase_pitch, row_pitch, image_pitch;
+    // Where shared memory has pixels of x, in pixels: columns that lie stride_x apart are adjacent, rows that lie
+    // stride_y apart are line_pitch apart; the residues of both follow at pitches of their own.
+    int phase_pitch, row_phase_pitch, line_pitch, image_pitch;
+    int image_pixels, column_bytes;            // see WarpgroupWindow
     int slice_patches;
+
+    // The place of x's pixel, from the patch's first one on. Pixel (row, column) of the output reads for a tap what
+    // lies place(0, tap's row, tap's column) behind place(image, row * stride_y, column * stride_x).
+    DEVICE int place(int image, int row, int column) const {
+        return image * image_pitch + row % stride_y * row_phase_pitch + row / stride_y * line_pitch +
+               column % stride_x * phase_pitch + column / stride_x;
+    }
+
+    DEVICE int place_of_tap(int tap) const {
+        return place(0, tap / kernel_width * dilation_y, tap % kernel_width * dilation_x);
+    }
 };
 
 // Row, column and image of a pixel within a patch; packed, 10 bits each.
@@ -43,42 +56,25 @@ struct Spot {
     DEVICE int packed() const { return image << 20 | row << 10 | column; }
 };
 
-struct SourcePixel {
-    int spot, element;  // element of x, from the patch's first pixel on
-    int byte;           // in shared memory
+// A pixel of x or of grad in a patch.
+struct PatchPixel {
+    int spot, element;  // of the array, from the patch's first pixel on; -1 past the patch's last pixel
+    int byte;           // in shared memory, see make_tables
 };
 
-struct TargetPixel {
-    int spot, element;  // of grad; -1 past the patch's last pixel
-    int byte;           // in shared memory, of the pixel of x that tap 0 reads
-};
-
-// `CHANNELS` channels of x and 64 of grad; a warp computes all 64 rows of GROUPS groups of 8 columns.
-template <typename Element, int CHANNELS, int GROUPS>
-struct WindowTile {
+// Brings the patches of a block: ROWS channels of grad and CHANNELS of x.
+template <typename Element, int ROWS_, int CHANNELS_, int TAPS_, int THREADS_>
+struct PatchLoader {
     typedef Element T;
-    static constexpr int ROWS = 64, WARPS = 8, THREADS = WARPS * 32;
-    static constexpr int TAPS = WARPS * GROUPS / (CHANNELS / 8);  // of a block, at most
-    static constexpr int DEPTH = 32 / sizeof(T);  // pixels that one instruction takes
-    static constexpr int DOWN = ROWS / 16;
-#if __CUDA_ARCH__ >= 800
-    static constexpr int BLOCKS = GROUPS <= 4 ? 2 : 1;  // that share a multiprocessor
-#else
-    static constexpr int BLOCKS = 1;
-#endif
-    // A pixel's channels, and what keeps those that are read together from sharing banks: of 16-bit elements
-    // 8 pixels x 16 bytes (ldmatrix), of float32 4 pixels x 32 bytes.
-    static constexpr int PAD = sizeof(T) == 2 ? 16 : 32;
-    static constexpr int GRAD_PITCH = ROWS * sizeof(T) + PAD;
-    static constexpr int X_PITCH = CHANNELS == 8 ? 8 * sizeof(T) : CHANNELS * sizeof(T) + PAD;
+    static constexpr int ROWS = ROWS_, CHANNELS = CHANNELS_, THREADS = THREADS_;
+    static constexpr int TAPS = TAPS_;  // of a block, at most
+    static constexpr int GRAD_CHUNKS = ROWS / CHUNK<T>, X_CHUNKS = CHANNELS / CHUNK<T>;  // of a pixel
 
     const Window& window;
     unsigned char* const shared;  // two stages, then tables
     int first_row, first_channel, first_tap, tap_count;
 
-    float sums[DOWN][GROUPS][4];
-
-    DEVICE explicit WindowTile(const Window& window)
+    DEVICE explicit PatchLoader(const Window& window)
         : window(window), shared(dynamic_shared_memory<unsigned char>()) {
         const int row_blocks = (window.out_channels + ROWS - 1) / ROWS;
         const int channel_blocks = (window.channels + CHANNELS - 1) / CHANNELS;
@@ -86,49 +82,21 @@ struct WindowTile {
         first_channel = int(blockIdx.x) / row_blocks % channel_blocks * CHANNELS;
         first_tap = int(blockIdx.x) / row_blocks / channel_blocks * TAPS;
         tap_count = min(window.taps - first_tap, TAPS);
-#pragma unroll
-        for (int i = 0; i < DOWN; ++i) {
-#pragma unroll
-            for (int group = 0; group < GROUPS; ++group) {
-#pragma unroll
-                for (int element = 0; element < 4; ++element) sums[i][group][element] = 0;
-            }
-        }
     }
 
     static DEVICE int lane() { return threadIdx.x % 32; }
     static DEVICE int warp() { return threadIdx.x / 32; }
 
-    // Of a stage, the pixels of grad come first.
-    DEVICE int grad_bytes() const { return window.padded_pixels * GRAD_PITCH; }
-    DEVICE TargetPixel* targets() const {
-        return reinterpret_cast<TargetPixel*>(shared + 2 * window.stage_bytes);
-    }
-    DEVICE SourcePixel* sources() const {
-        return reinterpret_cast<SourcePixel*>(targets() + window.padded_pixels);
-    }
+    // The tables of a patch's pixels, the same for all patches.
+    DEVICE PatchPixel* targets() const { return reinterpret_cast<PatchPixel*>(shared + 2 * window.stage_bytes); }
+    DEVICE PatchPixel* sources() const { return targets() + window.padded_pixels; }
 
-    // ---- copying ----
-
-    // Fill the tables of a patch's pixels, the same for all patches.
-    DEVICE void make_tables() {
-        const int pixels = window.images * window.rows * window.columns;
-        for (int number = threadIdx.x; number < window.padded_pixels; number += THREADS) {
-            // what pads the patch has grad 0 and reads x somewhere: at the last pixel
-            const Spot spot(min(number, pixels - 1), window.rows, window.columns);
-            const int row = spot.image * window.image_pitch + spot.row * window.stride_y * window.row_pitch;
-            const int element = ((spot.image * window.out_height + spot.row) * window.out_width + spot.column) *
-                                window.out_channels;
-            targets()[number] = {spot.packed(), number < pixels ? element : -1, (row + spot.column) * X_PITCH};
-        }
-        for (int number = threadIdx.x; number < window.source_pixels; number += THREADS) {
-            const Spot spot(number, window.source_rows, window.source_columns);
-            const int row = spot.image * window.image_pitch + spot.row * window.row_pitch;
-            const int phase = spot.column % window.stride_x * window.phase_pitch;
-            const int element =
-                ((spot.image * window.height + spot.row) * window.width + spot.column) * window.channels;
-            sources()[number] = {spot.packed(), element, (row + phase + spot.column / window.stride_x) * X_PITCH};
-        }
+    // The elements of grad and of x from the patch's first pixel to that at a spot.
+    DEVICE int target_element(Spot spot) const {
+        return ((spot.image * window.out_height + spot.row) * window.out_width + spot.column) * window.out_channels;
+    }
+    DEVICE int source_element(Spot spot) const {
+        return ((spot.image * window.height + spot.row) * window.width + spot.column) * window.channels;
     }
 
     // The copies of one patch that this thread issues, some at a time: first of grad, then of x.
@@ -148,50 +116,123 @@ struct WindowTile {
                 int(threadIdx.x) / X_CHUNKS};
     }
 
-    // Issue the next one. Returns false when all are.
-    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
-        if (copies.target < window.padded_pixels) {
-            copy_grad(copies, grad);
-            copies.target += THREADS / GRAD_CHUNKS;
-        } else if (copies.source < window.source_pixels) {
-            copy_x(copies, x);
-            copies.source += THREADS / X_CHUNKS;
-        } else {
-            return false;
-        }
-        return true;
-    }
+    // The thread's chunk of a pixel of grad, and of x.
+    static DEVICE int grad_chunk() { return threadIdx.x % GRAD_CHUNKS; }
+    static DEVICE int x_chunk() { return threadIdx.x % X_CHUNKS; }
 
-    static constexpr int GRAD_CHUNKS = ROWS / CHUNK<T>, X_CHUNKS = CHANNELS / CHUNK<T>;  // of a pixel
-
-    DEVICE void copy_grad(const Copies& copies, const T* grad) const {
-        const TargetPixel target = targets()[copies.target];
+    DEVICE void copy_grad(const Copies& copies, const PatchPixel& target, const T* grad,
+                          unsigned char* destination) const {
         const Spot spot(target.spot);
-        const int channel = threadIdx.x % GRAD_CHUNKS * CHUNK<T>;
+        const int channel = grad_chunk() * CHUNK<T>;
         const bool valid = first_row + channel < window.out_channels && target.element >= 0 &&
                            spot.image < copies.images_left && copies.row + spot.row < window.out_height &&
                            copies.column + spot.column < window.out_width;
         const long long line = (long long)(window.batch - copies.images_left) * window.out_height + copies.row;
         const T* const source = grad + (line * window.out_width + copies.column) * window.out_channels + first_row +
                                 channel + target.element;
-        copy_async<CHUNK_BYTES>(copies.stage + copies.target * GRAD_PITCH + channel * sizeof(T), valid ? source : grad,
-                                valid);
+        copy_async<CHUNK_BYTES>(destination, valid ? source : grad, valid);
     }
 
-    DEVICE void copy_x(const Copies& copies, const T* x) const {
-        const SourcePixel pixel = sources()[copies.source];
+    DEVICE void copy_x(const Copies& copies, const PatchPixel& pixel, const T* x, unsigned char* destination) const {
         const Spot spot(pixel.spot);
         const int row = copies.row * window.stride_y - window.padding_y;
         const int column = copies.column * window.stride_x - window.padding_x;
-        const int channel = threadIdx.x % X_CHUNKS * CHUNK<T>;
+        const int channel = x_chunk() * CHUNK<T>;
         const bool valid = first_channel + channel < window.channels && spot.image < copies.images_left &&
                            unsigned(row + spot.row) < unsigned(window.height) &&
                            unsigned(column + spot.column) < unsigned(window.width);
         const long long line = (long long)(window.batch - copies.images_left) * window.height + row;
         const T* const source =
             x + (line * window.width + column) * window.channels + first_channel + channel + pixel.element;
-        copy_async<CHUNK_BYTES>(copies.stage + grad_bytes() + pixel.byte + channel * sizeof(T), valid ? source : x,
-                                valid);
+        copy_async<CHUNK_BYTES>(destination, valid ? source : x, valid);
+    }
+
+    // Where partials (out_channels, taps, channels) of the block's slice have a row and tap.
+    DEVICE float* partials_of(float* partials, int row, int tap) const {
+        return partials + ((long long)row * window.taps + tap) * window.channels;
+    }
+};
+
+// `CHANNELS` channels of x and 64 of grad; a warp computes all 64 rows of GROUPS groups of 8 columns.
+template <typename Element, int CHANNELS, int GROUPS>
+struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 8), 8 * 32> {
+    typedef Element T;
+    static constexpr int WARPS = 8;
+    typedef PatchLoader<Element, 64, CHANNELS, WARPS * GROUPS / (CHANNELS / 8), WARPS * 32> Loader;
+    using Loader::first_channel;
+    using Loader::first_row;
+    using Loader::first_tap;
+    using Loader::lane;
+    using Loader::ROWS;
+    using Loader::sources;
+    using Loader::tap_count;
+    using Loader::targets;
+    using Loader::THREADS;
+    using Loader::warp;
+    using Loader::window;
+    typedef typename Loader::Copies Copies;
+    static constexpr int DEPTH = 32 / sizeof(T);  // pixels that one instruction takes
+    static constexpr int DOWN = ROWS / 16;
+#if __CUDA_ARCH__ >= 800
+    static constexpr int BLOCKS = GROUPS <= 4 ? 2 : 1;  // that share a multiprocessor
+#else
+    static constexpr int BLOCKS = 1;
+#endif
+    // A pixel's channels, and what keeps those that are read together from sharing banks: of 16-bit elements
+    // 8 pixels x 16 bytes (ldmatrix), of float32 4 pixels x 32 bytes.
+    static constexpr int PAD = sizeof(T) == 2 ? 16 : 32;
+    static constexpr int GRAD_PITCH = ROWS * sizeof(T) + PAD;
+    static constexpr int X_PITCH = CHANNELS == 8 ? 8 * sizeof(T) : CHANNELS * sizeof(T) + PAD;
+
+    float sums[DOWN][GROUPS][4];
+
+    DEVICE explicit WindowTile(const Window& window) : Loader(window) {
+#pragma unroll
+        for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+            for (int group = 0; group < GROUPS; ++group) {
+#pragma unroll
+                for (int element = 0; element < 4; ++element) sums[i][group][element] = 0;
+            }
+        }
+    }
+
+    // Of a stage, the pixels of grad come first.
+    DEVICE int grad_bytes() const { return window.padded_pixels * GRAD_PITCH; }
+
+    // ---- copying ----
+
+    // Both tables say where pixels of x lie in shared memory: that of grad, of the pixel that tap 0 reads.
+    DEVICE void make_tables() {
+        const int pixels = window.images * window.rows * window.columns;
+        for (int number = threadIdx.x; number < window.padded_pixels; number += THREADS) {
+            // what pads the patch has grad 0 and reads x somewhere: at the last pixel
+            const Spot spot(min(number, pixels - 1), window.rows, window.columns);
+            const int place = window.place(spot.image, spot.row * window.stride_y, spot.column * window.stride_x);
+            targets()[number] = {spot.packed(), number < pixels ? this->target_element(spot) : -1, place * X_PITCH};
+        }
+        for (int number = threadIdx.x; number < window.source_pixels; number += THREADS) {
+            const Spot spot(number, window.source_rows, window.source_columns);
+            sources()[number] = {spot.packed(), this->source_element(spot),
+                                 window.place(spot.image, spot.row, spot.column) * X_PITCH};
+        }
+    }
+
+    // Issue the next one. Returns false when all are.
+    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
+        if (copies.target < window.padded_pixels) {
+            this->copy_grad(copies, targets()[copies.target], grad,
+                            copies.stage + copies.target * GRAD_PITCH + this->grad_chunk() * CHUNK_BYTES);
+            copies.target += THREADS / Loader::GRAD_CHUNKS;
+        } else if (copies.source < window.source_pixels) {
+            const PatchPixel pixel = sources()[copies.source];
+            this->copy_x(copies, pixel, x,
+                         copies.stage + grad_bytes() + pixel.byte + this->x_chunk() * CHUNK_BYTES);
+            copies.source += THREADS / Loader::X_CHUNKS;
+        } else {
+            return false;
+        }
+        return true;
     }
 
     // ---- multiplying ----
@@ -205,11 +246,7 @@ struct WindowTile {
     // Where a group's elements lie, from those of tap 0 and channel 0 on; groups that do not exist read the first.
     DEVICE int group_offset(int group) const {
         const int number = group_exists(group_number(group)) ? group_number(group) : 0;
-        const int tap = tap_of(number), down = tap / window.kernel_width * window.dilation_y;
-        const int right = tap % window.kernel_width * window.dilation_x;
-        const int phase = right % window.stride_x * window.phase_pitch;
-        const int pixel = down * window.row_pitch + phase + right / window.stride_x;
-        return pixel * X_PITCH + channel_of(number) * int(sizeof(T));
+        return window.place_of_tap(tap_of(number)) * X_PITCH + channel_of(number) * int(sizeof(T));
     }
 
     // For the loads of this lane: float32 of all groups, 16-bit elements of every second group, the lane's half.
@@ -305,9 +342,9 @@ struct WindowTile {
                 for (int half = 0; half < 2; ++half) {
                     const int row = first_row + row_of(i, half);
                     if (row >= window.out_channels) continue;
-                    float* const target = partials + ((long long)row * window.taps + tap_of(number)) * window.channels;
                     const float* const pair = &sums[i][group][2 * half];
-                    *reinterpret_cast<float2*>(target + channel) = make_float2(pair[0], pair[1]);
+                    *reinterpret_cast<float2*>(this->partials_of(partials, row, tap_of(number)) + channel) =
+                        make_float2(pair[0], pair[1]);
                 }
             }
         }
@@ -346,6 +383,203 @@ window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* _
             }
             tile.multiply(reading, pixel, offsets);
         }
+        if (patch + 1 < end) {
+            while (tile.copy_next(copies, grad, x)) {}
+        }
+        unsigned char* const next = writing;
+        writing = reading;
+        reading = next;
+    }
+    tile.store(partials + (long long)blockIdx.y * window.out_channels * window.taps * window.channels);
+}
+
+// ---- windows by warpgroups ---------------------------------------------------------------------------------
+
+// 64 channels of x and of grad, and nine taps: three warpgroups have three taps each, all rows of them.
+//
+// Operand a is grad, by way of registers: what a warpgroup loads for 16 pixels serves its three taps. Operand b is x
+// in shared memory, as columns of 8 channels (warpgroup_operand_of_columns), each of them an array of pixels; for
+// another tap it starts at another pixel. 16 pixels that are multiplied at once therefore lie one after the other in
+// x. So that they do, a patch's rows of grad are as far apart as those of x (line_pitch), and what lies between is 0.
+// The pixels of an image, image_pixels with what rounds them up, are multiplied one after the other.
+template <typename Element>
+struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
+    typedef Element T;
+    typedef PatchLoader<Element, 64, 64, 9, 384> Loader;
+    using Loader::lane;
+    using Loader::shared;
+    using Loader::sources;
+    using Loader::targets;
+    using Loader::THREADS;
+    using Loader::warp;
+    using Loader::window;
+    typedef typename Loader::Copies Copies;
+    static constexpr int WARPGROUP_TAPS = 3;
+    static constexpr int DEPTH = 16;            // pixels that one instruction takes
+    static constexpr int PIXEL_BYTES = 128;     // of grad
+    static constexpr int COPIES_AT_ONCE = 2;    // for DEPTH pixels; patches need about one
+    static_assert(sizeof(T) == 2);
+
+    float sums[WARPGROUP_TAPS][8][4];
+    int own_tap;  // of the block's: the first of this warpgroup
+    int tap_places[WARPGROUP_TAPS];
+
+    DEVICE explicit WarpgroupWindow(const Window& window) : Loader(window) {
+        // the same in all threads of a warp, and said so: operands are in uniform registers
+        own_tap = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) * WARPGROUP_TAPS;
+#pragma unroll
+        for (int i = 0; i < WARPGROUP_TAPS; ++i) {
+            // taps that do not exist are multiplied as the last one, and not stored
+            tap_places[i] = window.place_of_tap(this->first_tap + min(own_tap + i, this->tap_count - 1));
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+#pragma unroll
+                for (int element = 0; element < 4; ++element) sums[i][j][element] = 0;
+            }
+        }
+    }
+
+    // Of a stage, the pixels of grad come first. Chunk c of pixel p stands at c ^ p % 8: eight pixels that are loaded
+    // together share no banks.
+    DEVICE int grad_bytes() const { return window.padded_pixels * PIXEL_BYTES; }
+
+    // ---- copying ----
+
+    DEVICE int target_count() const { return window.images * window.rows * window.columns; }
+
+    // Both tables say where a pixel lies: of grad within its part of a stage, of x within a column.
+    DEVICE void make_tables() {
+        for (int number = threadIdx.x; number < target_count(); number += THREADS) {
+            const Spot spot(number, window.rows, window.columns);
+            const int place = spot.image * window.image_pixels + spot.row * window.line_pitch + spot.column;
+            targets()[number] = {spot.packed(), this->target_element(spot), place * PIXEL_BYTES};
+        }
+        for (int number = threadIdx.x; number < window.source_pixels; number += THREADS) {
+            const Spot spot(number, window.source_rows, window.source_columns);
+            sources()[number] = {spot.packed(), this->source_element(spot),
+                                 window.place(spot.image, spot.row, spot.column) * CHUNK_BYTES};
+        }
+    }
+
+    // What lies between the rows is never copied. In x it may be anything that 0 times it is 0.
+    DEVICE void clear_stages() {
+        for (int byte = threadIdx.x * CHUNK_BYTES; byte < 2 * window.stage_bytes; byte += THREADS * CHUNK_BYTES) {
+            *reinterpret_cast<uint4*>(shared + byte) = make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    // Issue the next one. Returns false when all are.
+    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
+        if (copies.target < target_count()) {
+            const PatchPixel target = targets()[copies.target];
+            const int chunk = this->grad_chunk() ^ target.byte / PIXEL_BYTES % 8;
+            this->copy_grad(copies, target, grad, copies.stage + target.byte + chunk * CHUNK_BYTES);
+            copies.target += THREADS / Loader::GRAD_CHUNKS;
+        } else if (copies.source < window.source_pixels) {
+            const PatchPixel pixel = sources()[copies.source];
+            this->copy_x(copies, pixel, x,
+                         copies.stage + grad_bytes() + this->x_chunk() * window.column_bytes + pixel.byte);
+            copies.source += THREADS / Loader::X_CHUNKS;
+        } else {
+            return false;
+        }
+        return true;
+    }
+
+    // ---- multiplying ----
+
+    // Add the products of a patch, and issue copies of the next one meanwhile.
+    DEVICE void multiply(const unsigned char* stage, Copies& copies, bool copying, const T* grad, const T* x) {
+        const int steps = window.padded_pixels / DEPTH, image_steps = window.image_pixels / DEPTH;
+        const uint64_t columns = warpgroup_operand_of_columns(stage + grad_bytes(), window.column_bytes);
+        int place = 0, image_step = 0;  // of x, and within the image, of the next step
+        auto multiply_step = [&](const uint32_t(&a)[4]) {
+            begin_products();
+#pragma unroll
+            for (int i = 0; i < WARPGROUP_TAPS; ++i) {
+                TensorCore<T>::multiply_columns(sums[i], a, columns + (place + tap_places[i]));
+            }
+            commit_products();
+            place += DEPTH;
+            if (++image_step == image_steps) {
+                image_step = 0;
+                place += window.image_pitch - window.image_pixels;
+            }
+        };
+        auto copy_some = [&]() {
+            if (!copying) return;
+#pragma unroll 1
+            for (int i = 0; i < COPIES_AT_ONCE; ++i) copy_next(copies, grad, x);
+        };
+        // The pixels of one step are loaded while those of the step before are multiplied.
+        uint32_t even[4], odd[4];
+        load(even, stage, 0);
+#pragma unroll 1
+        for (int step = 0; step < steps; step += 2) {
+            multiply_step(even);
+            load(odd, stage, min(step + 1, steps - 1));
+            copy_some();
+            wait_products<0>();
+            if (step + 1 == steps) break;
+            multiply_step(odd);
+            load(even, stage, min(step + 2, steps - 1));
+            copy_some();
+            wait_products<0>();
+        }
+    }
+
+    // The warp's 16 rows of grad at the pixels of a step: rows 0-7 and 8-15 at pixels 0-7, then at pixels 8-15.
+    static DEVICE void load(uint32_t (&a)[4], const unsigned char* stage, int step) {
+        const int pixel = lane() / 16 * 8 + lane() % 8, chunk = warp() % 4 * 2 + lane() / 8 % 2;
+        const int offset = pixel * PIXEL_BYTES + (chunk ^ lane() % 8) * CHUNK_BYTES;
+        load_matrices_transposed(a, stage + step * (DEPTH * PIXEL_BYTES) + offset);
+    }
+
+    // Write the sums to partials (out_channels, taps, channels) of the block's slice.
+    DEVICE void store(float* partials) const {
+#pragma unroll
+        for (int i = 0; i < WARPGROUP_TAPS; ++i) {
+            if (own_tap + i >= this->tap_count) continue;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = this->first_row + warp() % 4 * 16 + half * 8 + lane() / 4;
+                if (row >= window.out_channels) continue;
+                float* const target = this->partials_of(partials, row, this->first_tap + own_tap + i);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const int channel = this->first_channel + j * 8 + lane() % 4 * 2;
+                    if (channel >= window.channels) continue;
+                    const float* const pair = &sums[i][j][2 * half];
+                    *reinterpret_cast<float2*>(target + channel) = make_float2(pair[0], pair[1]);
+                }
+            }
+        }
+    }
+};
+
+// Grid and partials are those of window_grad_weight.
+template <typename T>
+__global__ void __launch_bounds__(WarpgroupWindow<T>::THREADS, 1)
+warpgroup_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partials,
+                      const __grid_constant__ Window window) {
+    WarpgroupWindow<T> tile(window);
+    tile.make_tables();
+    tile.clear_stages();
+    __syncthreads();
+
+    const int first = int(blockIdx.y) * window.slice_patches;
+    const int end = min(first + window.slice_patches, window.patches);
+    unsigned char* reading = tile.shared;
+    unsigned char* writing = tile.shared + window.stage_bytes;
+    auto copies = tile.copies_of(first, reading);
+    while (tile.copy_next(copies, grad, x)) {}
+    for (int patch = first; patch < end; ++patch) {
+        commit_copies();
+        wait_copies<0>();
+        show_to_products();
+        __syncthreads();  // the patch has landed, and nobody reads the one before any more
+        copies = tile.copies_of(patch + 1, writing);
+        tile.multiply(reading, copies, patch + 1 < end, grad, x);
         if (patch + 1 < end) {
             while (tile.copy_next(copies, grad, x)) {}
         }

@@ -18,7 +18,12 @@ from gradengine.kernels import settings
 from gradengine.kernels.cuda import conv2d_plain, slices
 from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
 from gradengine.kernels.cuda.layout import channels_last
-from gradengine.kernels.cuda.tiles import CHUNK_BYTES, TensorTile, covering
+from gradengine.kernels.cuda.tiles import (
+    CHUNK_BYTES,
+    WARPGROUP_ARCHITECTURE,
+    TensorTile,
+    covering,
+)
 from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 
@@ -38,6 +43,38 @@ MAXIMUM_SPOT = 1 << 10  # rows, columns or images of a patch: numbers of 10 bits
 OPERATIONS = {2: 4500.0, 4: 2250.0}  # by the elements' bytes
 BYTES = 40.0  # from its level-2 cache
 PATCH_NANOSECONDS = 300.0  # of waiting, unless another block works meanwhile
+# By warpgroups; what single warps do was measured to take this many times what the figures above say.
+WARPGROUP_OPERATIONS = 5500.0
+SINGLE_WARPS = 2.5
+
+TABLE_BYTES = 12  # struct PatchPixel
+
+
+class _Layout(NamedTuple):
+    """Where shared memory has the pixels of a patch: fields of struct Window."""
+
+    padded_pixels: int
+    stage_bytes: int
+    phase_pitch: int
+    row_phase_pitch: int
+    line_pitch: int
+    image_pitch: int
+    image_pixels: int = 0
+    column_bytes: int = 0
+
+
+class _Patch(NamedTuple):
+    """The pixels of a patch: images x rows x columns of the output, and those of x that they read."""
+
+    images: int
+    rows: int
+    columns: int
+    source_rows: int  # of one image
+    source_columns: int
+
+    @property
+    def source_pixels(self) -> int:
+        return self.images * self.source_rows * self.source_columns
 
 
 class WindowTile(NamedTuple):
@@ -48,7 +85,11 @@ class WindowTile(NamedTuple):
 
     ROWS = 64
     WARPS = 8
-    TABLE_BYTES = 12  # struct TargetPixel, struct SourcePixel
+
+    @property
+    def name(self) -> str:
+        """Return the kernel's name, {} for the element type."""
+        return f"window_grad_weight<{{}}, {self.channels}, {self.groups}>"
 
     @property
     def threads(self) -> int:
@@ -66,8 +107,78 @@ class WindowTile(NamedTuple):
             pad if self.channels > 8 else 0
         )
 
+    @property
+    def beside(self) -> int:
+        """Return how many blocks share a multiprocessor if its memory suffices."""
+        return 2 if self.groups <= 4 else 1
+
+    def time(self, pixels: int, itemsize: int) -> float:
+        """Return what a multiprocessor takes to multiply: nanoseconds of the figures above."""
+        return 2 * self.ROWS * self.taps * self.channels * pixels / OPERATIONS[itemsize]
+
+    def lay_out(self, patch: _Patch, geometry: Conv2dGeometry, itemsize: int) -> _Layout:
+        step_y, step_x = geometry.stride
+        images, rows, columns, source_rows, source_columns = patch
+        phase_pitch = -(-source_columns // step_x)
+        # eight output pixels one after the other shall not meet in a bank, nor where a row ends
+        row_pitch = _spaced(phase_pitch * step_x, columns, step_y)
+        image_pitch = _spaced(source_rows * row_pitch, rows * columns, 1)
+        depth = CHUNK_BYTES * 2 // itemsize
+        padded = -(-images * rows * columns // depth) * depth
+        grad_pitch, x_pitch = self.pitches(itemsize)
+        stage = padded * grad_pitch + images * image_pitch * x_pitch
+        return _Layout(padded, stage, phase_pitch, row_pitch, step_y * row_pitch, image_pitch)
+
+
+class WarpgroupTile(NamedTuple):
+    """Sizes of a block's tile in warpgroup_grad_weight: of 16-bit elements, on sm_90a."""
+
+    channels: int = 64
+    taps: int = 9
+    threads: int = 384
+    beside: int = 1
+    name: str = "warpgroup_grad_weight<{}>"
+
+    ROWS = 64
+    DEPTH = 16  # pixels that one instruction multiplies
+
+    def time(self, pixels: int, itemsize: int) -> float:
+        """As WindowTile.time."""
+        return 2 * self.ROWS * self.taps * self.channels * pixels / WARPGROUP_OPERATIONS
+
+    def lay_out(self, patch: _Patch, geometry: Conv2dGeometry, itemsize: int) -> _Layout:
+        """Lay rows of grad out as far apart as those of x: see WarpgroupWindow in the source."""
+        step_y, step_x = geometry.stride
+        lines, pitch = -(-patch.source_rows // step_y), -(-patch.source_columns // step_x)
+        phase = lines * pitch
+        image_pitch = step_y * step_x * phase
+        image_pixels = _rounded((patch.rows - 1) * pitch + patch.columns, self.DEPTH)
+        padded = patch.images * image_pixels
+        # the last tap of an image's last pixel, with what rounds pixels up
+        below, right = (
+            (size - 1) * spread
+            for size, spread in zip(geometry.weight_shape[2:], geometry.dilation, strict=True)
+        )
+        places = (
+            y % step_y * step_x * phase + y // step_y * pitch + x % step_x * phase + x // step_x
+            for y in range(below + 1)
+            for x in range(right + 1)
+        )
+        pixels = (patch.images - 1) * image_pitch + max(image_pitch, max(places) + image_pixels)
+        # columns are 16 bytes more than a multiple of 128 apart: one pixel's share no banks
+        column_pixels = _rounded(pixels - 1, 8) + 1
+        stage = (padded * self.ROWS + column_pixels * self.channels) * itemsize
+        column_bytes = column_pixels * CHUNK_BYTES
+        pitches = (phase, step_x * phase, pitch, image_pitch, image_pixels, column_bytes)
+        return _Layout(padded, stage, *pitches)
+
+
+def _rounded(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
 
 WINDOW_TILES = (WindowTile(64, 9), WindowTile(8, 4))
+WARPGROUP_TILE = WarpgroupTile()
 
 _WINDOW_FIELDS = (
     *("batch", "height", "width", "channels", "out_height", "out_width", "out_channels"),
@@ -75,7 +186,8 @@ _WINDOW_FIELDS = (
     *("dilation_y", "dilation_x", "images", "rows", "columns"),
     *("row_blocks", "column_blocks", "patches", "source_rows", "source_columns"),
     *("padded_pixels", "source_pixels", "stage_bytes"),
-    *("phase_pitch", "row_pitch", "image_pitch", "slice_patches"),
+    *("phase_pitch", "row_phase_pitch", "line_pitch", "image_pitch"),
+    *("image_pixels", "column_bytes", "slice_patches"),
 )
 _GATHER_FIELDS = (
     *("height", "width", "channels", "out_height", "out_width", "out_channels"),
@@ -86,11 +198,8 @@ _GATHER_FIELDS = (
 _ELEMENTS = ("float16", "bfloat16", "float")
 KERNELS = {
     SOURCE: (
-        *(
-            f"window_grad_weight<{e}, {t.channels}, {t.groups}>"
-            for e in _ELEMENTS
-            for t in WINDOW_TILES
-        ),
+        *(tile.name.format(e) for e in _ELEMENTS for tile in WINDOW_TILES),
+        *(WARPGROUP_TILE.name.format(e) for e in _ELEMENTS if e != "float"),
         *(
             f"gather_grad_weight<{e}, {', '.join(map(str, t))}>"
             for e in _ELEMENTS
@@ -234,37 +343,40 @@ def _gather_plan(tile: TensorTile, geometry: Conv2dGeometry) -> _Plan:
 
 
 class _Window(NamedTuple):
-    """Patches of images x rows x columns output pixels, and what they take."""
+    """Patches, and what they take."""
 
-    tile: WindowTile
-    images: int
-    rows: int
-    columns: int
-    source_rows: int
-    source_columns: int
-    padded_pixels: int
-    source_pixels: int
-    stage_bytes: int
-    phase_pitch: int
-    row_pitch: int
-    image_pitch: int
+    tile: WindowTile | WarpgroupTile
+    patch: _Patch
+    layout: _Layout
     shared_bytes: int
     beside: int  # blocks that one multiprocessor runs at a time
     time: float  # of a multiprocessor, for everything
 
 
 def _window(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Window | None:
-    """Choose patches, or none where the kernel does not suit."""
+    """Choose patches, or none where the kernels do not suit."""
     taps = geometry.kernel_height * geometry.kernel_width
     if geometry.groups > 1 or taps == 1:
         return None
-    tile = WINDOW_TILES[geometry.in_channels <= 8]
-    windows = _windows(tile, geometry, itemsize, limits)
+    windows = (
+        window
+        for tile in _window_tiles(geometry, itemsize, limits)
+        for window in _windows(tile, geometry, itemsize, limits)
+    )
     return min(windows, key=lambda window: window.time, default=None)
 
 
+def _window_tiles(
+    geometry: Conv2dGeometry, itemsize: int, limits: Limits
+) -> tuple[WindowTile | WarpgroupTile, ...]:
+    tile = WINDOW_TILES[geometry.in_channels <= 8]
+    if itemsize == 2 and tile.channels > 8 and limits.architecture == WARPGROUP_ARCHITECTURE:
+        return tile, WARPGROUP_TILE
+    return (tile,)
+
+
 def _windows(
-    tile: WindowTile, geometry: Conv2dGeometry, itemsize: int, limits: Limits
+    tile: WindowTile | WarpgroupTile, geometry: Conv2dGeometry, itemsize: int, limits: Limits
 ) -> Iterator[_Window]:
     """Give all sensible patches that fit into shared memory."""
     height, width = geometry.out_height, geometry.out_width
@@ -285,44 +397,39 @@ def _windows(
 
 
 def _patch(
-    tile: WindowTile,
+    tile: WindowTile | WarpgroupTile,
     geometry: Conv2dGeometry,
     itemsize: int,
     limits: Limits,
-    patch: tuple[int, int, int],
+    size: tuple[int, int, int],
 ) -> _Window | None:
     """Lay a patch out in shared memory, and estimate what it takes; None if it does not fit."""
-    images, rows, columns = patch
+    images, rows, columns = size
     (step_y, step_x), (spread_y, spread_x) = geometry.stride, geometry.dilation
     source_rows = (rows - 1) * step_y + (geometry.kernel_height - 1) * spread_y + 1
     source_columns = (columns - 1) * step_x + (geometry.kernel_width - 1) * spread_x + 1
-    phase_pitch = -(-source_columns // step_x)
-    # eight output pixels one after the other shall not meet in a bank, nor where a row ends
-    row_pitch = _spaced(phase_pitch * step_x, columns, step_y)
-    image_pitch = _spaced(source_rows * row_pitch, rows * columns, 1)
-    depth = CHUNK_BYTES * 2 // itemsize
-    padded = -(-images * rows * columns // depth) * depth
-    grad_pitch, x_pitch = tile.pitches(itemsize)
-    stage = padded * grad_pitch + images * image_pitch * x_pitch
-    sources = images * source_rows * source_columns
-    shared_bytes = 2 * stage + tile.TABLE_BYTES * (padded + sources)
+    patch = _Patch(images, rows, columns, source_rows, source_columns)
+    layout = tile.lay_out(patch, geometry, itemsize)
+    padded, sources = layout.padded_pixels, patch.source_pixels
+    shared_bytes = 2 * layout.stage_bytes + TABLE_BYTES * (padded + sources)
     if (
         max(images, source_rows, source_columns) >= MAXIMUM_SPOT
         or shared_bytes > limits.shared_bytes
     ):
         return None
-    beside = 2 if tile.groups <= 4 and 2 * shared_bytes < limits.shared_bytes else 1
-    operations = 2 * tile.ROWS * tile.WARPS * tile.groups * 8 * padded / OPERATIONS[itemsize]
+    beside = tile.beside if tile.beside * shared_bytes < limits.shared_bytes else 1
     loads = (padded * tile.ROWS + sources * tile.channels) * itemsize / BYTES
-    patches = -(-geometry.batch // images) * -(-geometry.out_height // rows)
-    patches *= -(-geometry.out_width // columns) * _window_blocks(tile, geometry)
-    return _Window(
-        tile,
-        *(images, rows, columns, source_rows, source_columns),
-        *(padded, sources, stage),
-        *(phase_pitch, row_pitch, image_pitch, shared_bytes, beside),
-        patches * (max(operations, loads) + PATCH_NANOSECONDS * (beside == 1)),
-    )
+    patches = _count_patches(patch, geometry) * _window_blocks(tile, geometry)
+    waiting = PATCH_NANOSECONDS * (beside == 1)
+    time = patches * (max(tile.time(padded, itemsize), loads) + waiting)
+    if tile == WARPGROUP_TILE:
+        time /= SINGLE_WARPS
+    return _Window(tile, patch, layout, shared_bytes, beside, time)
+
+
+def _count_patches(patch: _Patch, geometry: Conv2dGeometry) -> int:
+    down, across = -(-geometry.out_height // patch.rows), -(-geometry.out_width // patch.columns)
+    return -(-geometry.batch // patch.images) * down * across
 
 
 def _spaced(least: int, pixels: int, steps: int) -> int:
@@ -330,34 +437,31 @@ def _spaced(least: int, pixels: int, steps: int) -> int:
     return next((p for p in range(least, least + 8) if (steps * p - pixels) % 8 == 0), least)
 
 
-def _window_blocks(tile: WindowTile, geometry: Conv2dGeometry) -> int:
+def _window_blocks(tile: WindowTile | WarpgroupTile, geometry: Conv2dGeometry) -> int:
     taps = geometry.kernel_height * geometry.kernel_width
     across = -(-geometry.in_channels // tile.channels) * -(-taps // tile.taps)
     return -(-geometry.out_channels // tile.ROWS) * across
 
 
 def _window_plan(window: _Window, geometry: Conv2dGeometry) -> _Plan:
-    tile = window.tile
-    row_blocks = -(-geometry.out_height // window.rows)
-    column_blocks = -(-geometry.out_width // window.columns)
-    patches = -(-geometry.batch // window.images) * row_blocks * column_blocks
+    tile, patch = window.tile, window.patch
+    patches = _count_patches(patch, geometry)
     blocks = _window_blocks(tile, geometry)
     outputs, channels, height, width = geometry.weight_shape
     size = outputs * height * width * channels
     share = slices.plan(patches, 1, 2, blocks, window.beside, size)
-    names = ("images", "rows", "columns", "source_rows", "source_columns", "padded_pixels")
-    names += ("source_pixels", "stage_bytes", "phase_pitch", "row_pitch", "image_pitch")
     record = _record(
         _WINDOW_FIELDS,
         geometry,
-        **{name: getattr(window, name) for name in names},
-        row_blocks=row_blocks,
-        column_blocks=column_blocks,
+        **patch._asdict(),
+        **window.layout._asdict(),
+        source_pixels=patch.source_pixels,
+        row_blocks=-(-geometry.out_height // patch.rows),
+        column_blocks=-(-geometry.out_width // patch.columns),
         patches=patches,
         slice_patches=share.depth,
     )
-    name = f"window_grad_weight<{{}}, {tile.channels}, {tile.groups}>"
-    return _Plan(name, tile.threads, blocks, share.slices, window.shared_bytes, record)
+    return _Plan(tile.name, tile.threads, blocks, share.slices, window.shared_bytes, record)
 
 
 def _record(fields: tuple[str, ...], geometry: Conv2dGeometry, **others: int) -> np.ndarray:

@@ -158,7 +158,8 @@ DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint3
 // at, until wait_products says so. All threads of a warpgroup take part in each of these.
 //
 // Operands in shared memory lie in rows of 128 bytes at multiples of 1024 bytes, their 16-byte chunks moved:
-// chunk c of row r stands at c ^ r % 8. An operand is named by a number that warpgroup_operand makes.
+// chunk c of row r stands at c ^ r % 8 (or in columns, see there). An operand is named by a number that
+// warpgroup_operand makes.
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WARPGROUPS 1
@@ -182,6 +183,14 @@ DEVICE uint64_t warpgroup_operand_of_panels(const void* rows, int panel_bytes) {
     const uint64_t eight_rows = 1024 >> 4;
     return SWIZZLE_128_BYTES | eight_rows << 32 | uint64_t(panel_bytes >> 4) << 16 |
            (shared_address(rows) & 0x3ffffu) >> 4;
+}
+
+// 16-bit elements contiguous across lines, but not in rows of 128 bytes: a column is 8 lines, it holds their 16 bytes at
+// one depth, then at the next, and it may start at any multiple of 16 bytes. Columns lie column_bytes apart. The
+// products of depths n on take the operand plus n, for any n.
+DEVICE uint64_t warpgroup_operand_of_columns(const void* first, int column_bytes) {
+    const uint64_t eight_depths = 8 * 16 >> 4;
+    return uint64_t(column_bytes >> 4) << 32 | eight_depths << 16 | (shared_address(first) & 0x3ffffu) >> 4;
 }
 
 // What this thread has written to shared memory (or copied, and waited for) can be read by products that are
@@ -278,6 +287,27 @@ DEVICE void warpgroup_multiply_tf32(float (&d)[BLOCKS][4], const uint32_t (&a)[4
                      ", {%64, %65, %66, %67}, %68, 1, 1, 1;"
                      : D_OF_128 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
     }
+#else
+    __trap();
+#endif
+}
+
+// 16-bit elements, d 64 x 64; a in registers as multiply_float16's a of a warp's rows, b of columns.
+DEVICE void warpgroup_multiply_columns_float16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+#if WARPGROUPS
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " OPERANDS_OF_64
+                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : D_OF_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#else
+    __trap();
+#endif
+}
+
+DEVICE void warpgroup_multiply_columns_bfloat16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+#if WARPGROUPS
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " OPERANDS_OF_64
+                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : D_OF_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #else
     __trap();
 #endif

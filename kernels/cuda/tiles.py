@@ -13,6 +13,9 @@ PLAIN_DEPTH = 8  # of a slab
 SLAB_BYTES = 128  # of a slab of tile.cuh, along the depth
 CHUNK_BYTES = 16
 
+# The compute capability whose warpgroups multiply together (sm_90a): only this one has them.
+WARPGROUP_ARCHITECTURE = 90
+
 
 # The elements of plain tiles by their names in the kernels, with a dtype that is summed as they are.
 PLAIN_ELEMENTS = {

@@ -253,6 +253,25 @@ __global__ void group_product(const uint32_t* x, float* y) {
     wait_products<0>();
 }
 
+// y (128 threads, 32) = the product of ones in registers and of x, 8 columns of 16 depths: with the fault the registers
+// change while it may run.
+template <GroupFault FAULT>
+__global__ void group_product_of_columns(const uint32_t* x, float* y) {
+    uint32_t* const memory = dynamic_shared_memory<uint32_t>();
+    for (int word = threadIdx.x; word < 8 * 16 * 4; word += 128) memory[word] = x[word];
+    show_to_products();
+    __syncthreads();
+    uint32_t a[4];
+    for (int i = 0; i < 4; ++i) a[i] = 0x3c003c00u;  // twice 1
+    float d[8][4] = {};
+    begin_products();
+    warpgroup_multiply_columns_float16(d, a, warpgroup_operand_of_columns(memory, 16 * 16));
+    commit_products();
+    if (FAULT == OVERWRITTEN_OPERAND) a[3] = 0;
+    wait_products<0>();
+    for (int i = 0; i < 32; ++i) y[32 * threadIdx.x + i] = d[i / 4][i % 4] + 0 * a[3];
+}
+
 // ---- patterns of access ---------------------------------------------------------------------------------
 
 // y[i] = x[STEP * i], each a Value, by way of shared memory.

@@ -70,6 +70,10 @@ DEVICE uint64_t warpgroup_operand_of_panels(const void* rows, int panel_bytes) {
     return 1ull << 62 | 64ull << 32 | uint64_t(panel_bytes >> 4) << 16 | shared_address(rows) >> 4;
 }
 
+DEVICE uint64_t warpgroup_operand_of_columns(const void* first, int column_bytes) {
+    return uint64_t(column_bytes >> 4) << 32 | 8ull << 16 | shared_address(first) >> 4;
+}
+
 DEVICE void show_to_products() { emulator::show_to_products(); }
 
 DEVICE void begin_products() {}
@@ -97,4 +101,14 @@ template <int BLOCKS>
 DEVICE void warpgroup_multiply_tf32(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b,
                                     EmulatorSite site = EmulatorSite::here()) {
     emulator::multiply_warpgroup(emulator::Elements::TF32, BLOCKS, d[0], a, 0, b, false, site);
+}
+
+DEVICE void warpgroup_multiply_columns_float16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                               EmulatorSite site = EmulatorSite::here()) {
+    emulator::multiply_warpgroup(emulator::Elements::FLOAT16, 8, d[0], a, 0, b, true, site);
+}
+
+DEVICE void warpgroup_multiply_columns_bfloat16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                                EmulatorSite site = EmulatorSite::here()) {
+    emulator::multiply_warpgroup(emulator::Elements::BFLOAT16, 8, d[0], a, 0, b, true, site);
 }

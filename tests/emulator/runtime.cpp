@@ -435,16 +435,20 @@ void meet_warpgroup(const char* instruction, const GroupDeposit* deposit, Site s
     give_way();
 }
 
+bool is_swizzled(uint64_t operand) { return operand >> 62; }
+
 // Where an operand's element lies: along the depth and across lines in bytes, before chunks change places.
 const unsigned char* operand_byte(uint64_t operand, int line_offset, int depth_offset) {
     uint32_t address = uint32_t(operand & 0x3fff) << 4;
     address += line_offset + depth_offset;
-    address ^= (address >> 7 & 7) << 4;
+    if (is_swizzled(operand)) address ^= (address >> 7 & 7) << 4;
     return dynamic_shared + (address - SHARED_ALIGNMENT);
 }
 
 const unsigned char* operand_element(uint64_t operand, int line, int depth, int bytes, bool panels) {
     const int along = int(operand >> 16 & 0x3fff) << 4, eight_rows = int(operand >> 32 & 0x3fff) << 4;
+    if (panels && !is_swizzled(operand))  // columns of 8 lines; the two distances change their roles
+        return operand_byte(operand, line / 8 * eight_rows + line % 8 * bytes, depth / 8 * along + depth % 8 * 16);
     if (panels) {
         const int lines = 128 / bytes;
         return operand_byte(operand, line / lines * along + line % lines * bytes,
@@ -469,13 +473,19 @@ void run_product(const GroupProduct& product) {
     const int bytes = tf32 ? 4 : 2, depths = 32 / bytes, columns = product.columns;
     static float a[GROUP_ROWS][16], b[16][MAX_GROUP_COLUMNS];
     const GroupDeposit& first = product.threads[0];
-    for (int row = 0; row < GROUP_ROWS && !tf32; ++row)
+    for (int row = 0; row < GROUP_ROWS && !first.a_registers; ++row)
         for (int k = 0; k < depths; ++k)
             a[row][k] = element_value(product.elements, operand_element(first.a, row, k, bytes, false));
-    for (int thread = 0; thread < GROUP_THREADS && tf32; ++thread)
-        for (int i = 0; i < 4; ++i)
-            a[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8][thread % 4 + i / 2 * 4] =
-                as_float(product.threads[thread].a_registers[i] & 0xffffe000u);
+    for (int thread = 0; thread < GROUP_THREADS && first.a_registers; ++thread)
+        for (int i = 0; i < 4; ++i) {
+            // a register is 4 bytes of the depth
+            float* const row = a[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8];
+            const int k = (thread % 4 + i / 2 * 4) * (4 / bytes);
+            const unsigned char* const at =
+                reinterpret_cast<const unsigned char*>(&product.threads[thread].a_registers[i]);
+            for (int element = 0; element < 4 / bytes; ++element)
+                row[k + element] = element_value(product.elements, at + element * bytes);
+        }
     for (int column = 0; column < columns; ++column)
         for (int k = 0; k < depths; ++k)
             b[k][column] = element_value(product.elements,

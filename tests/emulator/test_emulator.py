@@ -155,6 +155,19 @@ class TestProductsOfWarpgroups:
             with emulated_cuda.scheduled(schedule):
                 assert self.product(fault) == schedule.lazy_copies
 
+    @pytest.mark.parametrize("fault", ["SOUND_GROUP", "OVERWRITTEN_OPERAND"])
+    def test_registers_that_a_running_product_needs(self, fault, emulated_cuda):
+        for schedule in SCHEDULES:
+            with emulated_cuda.scheduled(schedule):
+                x = np.ones((8, 16, 8), np.float16)
+                y = np.zeros((128, 32), np.float32)
+                launch(
+                    *(f"group_product_of_columns<{fault}>", x.view(np.uint32), y),
+                    block=(128,),
+                    shared_bytes=x.nbytes,
+                )
+                assert (y == 16).all() == (fault == "SOUND_GROUP" or schedule.lazy_copies)
+
 
 class TestMemory:
     @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -5,6 +5,7 @@ import pytest
 
 from gradengine.kernels import settings
 from gradengine.kernels.cuda import conv2d_weight, launch, slices
+from gradengine.kernels.cuda.tiles import WARPGROUP_ARCHITECTURE
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.emulator.fixtures import assert_schedule_free
 from tests.kernels.conftest import Place
@@ -55,14 +56,34 @@ def _plans_are_made_anew():
     conv2d_weight._plan.cache_clear()
 
 
-@pytest.fixture(params=["window", "gather"])
+# Kernels, and the dtypes that they take.
+WAYS = {"window": DTYPES, "warpgroup": [FLOAT16, BFLOAT16], "gather": DTYPES}
+
+
+def each_way(*dtypes, ways=tuple(WAYS)):
+    """Parametrize by way and dtype."""
+    pairs = [(way, dtype) for way in ways for dtype in dtypes if dtype in WAYS[way]]
+    return pytest.mark.parametrize(
+        ("way", "dtype"), pairs, ids=[f"{way}-{dtype}" for way, dtype in pairs], indirect=["way"]
+    )
+
+
+@pytest.fixture
 def way(request, monkeypatch):
-    """Compute by one of the two kernels."""
+    """Compute by one of the kernels."""
     return chosen(request.param, monkeypatch)
 
 
 def chosen(way, monkeypatch):
     monkeypatch.setattr(conv2d_weight, "_gather_time", lambda *_: 0 if way == "gather" else np.inf)
+    give_tiles = conv2d_weight._window_tiles
+
+    def window_tiles(geometry, itemsize, limits):
+        if way == "warpgroup":
+            return (conv2d_weight.WARPGROUP_TILE,)
+        return give_tiles(geometry, itemsize, limits)[:1]
+
+    monkeypatch.setattr(conv2d_weight, "_window_tiles", window_tiles)
     return way
 
 
@@ -104,7 +125,7 @@ def kinds():
     return {name.split("_")[0] for source, name in loaded() if "weight" in source}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_way(*DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_sums(case, dtype, way, emulated_cuda, rng):
     check(*drawn(case, rng, dtype))
@@ -156,12 +177,13 @@ def test_any_memory(memory, case, emulated_cuda, rng):
     check(geometry, grad, x, given=(laid_out(grad, memory), laid_out(x, memory)))
 
 
-def test_memory_that_is_not_aligned(way, emulated_cuda, rng):
-    geometry, *arrays = drawn("square", rng)
+@each_way(FLOAT16, FLOAT32)
+def test_memory_that_is_not_aligned(dtype, way, emulated_cuda, rng):
+    geometry, *arrays = drawn("square", rng, dtype)
     given = []
     for array in arrays:
         n, c, h, w = array.shape
-        shifted = np.empty(array.size + 1, FLOAT32)[1:].reshape(n, h, w, c).transpose(0, 3, 1, 2)
+        shifted = np.empty(array.size + 1, dtype)[1:].reshape(n, h, w, c).transpose(0, 3, 1, 2)
         shifted[...] = array
         given.append(shifted)
     check(geometry, *arrays, given=tuple(given))
@@ -186,10 +208,10 @@ PATCHED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+@each_way(BFLOAT16, FLOAT32, ways=("window", "warpgroup"))
 @pytest.mark.parametrize("patch", [(1, 1, 9), (1, 2, 4), (1, 4, 100), (2, 100, 100), (3, 100, 100)])
 @pytest.mark.parametrize("case", PATCHED)
-def test_patches(case, patch, dtype, emulated_cuda, rng, monkeypatch):
+def test_patches(case, patch, dtype, way, emulated_cuda, rng, monkeypatch):
     """Of any size, so that some stick out of the output, in every direction."""
     geometry, grad, x = drawn(PATCHED[case], rng, dtype)
 
@@ -197,20 +219,19 @@ def test_patches(case, patch, dtype, emulated_cuda, rng, monkeypatch):
         sizes = map(min, patch, (geometry.batch, geometry.out_height, geometry.out_width))
         yield conv2d_weight._patch(tile, geometry, itemsize, limits, tuple(sizes))
 
-    chosen("window", monkeypatch)
     monkeypatch.setattr(conv2d_weight, "_windows", windows)
     check(geometry, grad, x)
-    assert kinds() == {"window"}
+    assert kinds() == {way}
 
 
 @pytest.mark.parametrize("case", ["square", "stem", "dilation"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_way(*DTYPES)
 def test_every_schedule_gives_equal_bits(case, dtype, way, emulated_cuda, rng):
     arguments = drawn(case, rng, dtype)
     assert_schedule_free(emulated_cuda, lambda: check(*arguments))
 
 
-@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
+@each_way(FLOAT16, FLOAT32)
 def test_slices(dtype, way, emulated_cuda, rng, monkeypatch):
     """One pixel more than whole slabs, and slices of which the last is short."""
     geometry, grad, x = drawn(((1, 8, 14, 23), (8, 8, 2, 2), 1, 0, 1, 1), rng, dtype)
@@ -230,17 +251,17 @@ def test_slices(dtype, way, emulated_cuda, rng, monkeypatch):
     assert plans[0].slices > 2
 
 
-def test_matrices_share_no_banks(way, emulated_cuda, rng):
+@each_way(FLOAT16, BFLOAT16)
+def test_matrices_share_no_banks(dtype, way, emulated_cuda, rng):
     emulated_cuda.statistics()  # counts anew
-    for case, dtype in (("square", FLOAT16), ("stem", BFLOAT16), ("stride", FLOAT16)):
+    for case in ("square", "stem", "stride"):
         check(*drawn(case, rng, dtype))
     assert emulated_cuda.statistics()["bank_conflicts"] == 0
 
 
-@pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
+@each_way(FLOAT16, FLOAT32, ways=("window", "warpgroup"))
 @pytest.mark.parametrize("case", ["square", "stem"])
-def test_windows_share_no_banks_and_race_nowhere(case, dtype, emulated_cuda, rng, monkeypatch):
-    chosen("window", monkeypatch)
+def test_windows_share_no_banks_and_race_nowhere(case, dtype, way, emulated_cuda, rng):
     emulated_cuda.watched = True
     emulated_cuda.accesses()  # counts anew
     check(*drawn(case, rng, dtype))
@@ -259,17 +280,21 @@ RESNET18 = {
 }
 
 
+@pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("name", RESNET18)
-def test_plans_of_a_network_fill_the_device(name, itemsize, emulated_cuda):
+def test_plans_of_a_network_fill_the_device(name, itemsize, architecture, emulated_cuda):
     inputs, outputs, size, kernel, stride, padding = RESNET18[name]
-    emulated_cuda.device_limits = launch.Limits(90, 132, 227 << 10)
+    emulated_cuda.device_limits = launch.Limits(architecture, 132, 227 << 10)
     geometry = conv2d_geometry(
         (256, inputs, size, size), (outputs, inputs, kernel, kernel), stride, padding
     )
     filled = conv2d_weight._filled(geometry, itemsize).geometry
     plan = conv2d_weight._plan(filled, itemsize, launch.device_limits())
-    assert ("window" in plan.name) == (name != "pointwise")
+    by_warpgroups = itemsize == 2 and architecture == 90
+    ways = {"stem": "window", "pointwise": "gather"}
+    way = ways.get(name, "warpgroup" if by_warpgroups else "window")
+    assert plan.name.startswith(f"{way}_grad_weight")
     assert plan.shared_bytes <= 227 << 10
     assert 0.7 * 132 <= plan.blocks * plan.slices <= 2 * 132
 
@@ -297,7 +322,9 @@ def test_sums_on_a_gpu(case, dtype, rng):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_way(*DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_either_way_on_a_gpu(case, dtype, way, rng):
+def test_each_way_on_a_gpu(case, dtype, way, rng):
+    if way == "warpgroup" and launch.device_limits().architecture != WARPGROUP_ARCHITECTURE:
+        pytest.skip("only on sm_90a")
     check(*drawn(case, rng, dtype), place=Place("cupy"))

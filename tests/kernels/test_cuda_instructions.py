@@ -358,6 +358,33 @@ def test_products_of_warpgroups(columns, b_in, steps, a_rows, kind, machine, rng
     assert (np.abs(found - exact[places]) <= sizes[places] * 2.0**-21).all()
 
 
+@pytest.mark.parametrize("depths", [40, 33])  # of a column: banks are shared, or not
+@pytest.mark.parametrize("first", [0, 8, 1, 7, 17])
+def test_products_of_columns(first, depths, kind, machine, rng):
+    """Any depth can be the first: columns need not begin at a multiple of more than 16 bytes."""
+    if machine.is_gpu and device_limits().architecture != 90:
+        pytest.skip("only on sm_90a")
+    if kind == "TF32":
+        pytest.skip("columns are of 16-bit elements")
+    shapes = (64, 16), (depths, 64), (64, 64)
+    a, b, d = (rng.standard_normal(shape).astype("f4") for shape in shapes)
+    (a_bits, a_means), (b_bits, b_means) = to_bits(kind, a), to_bits(kind, b)
+    b_columns = np.ascontiguousarray(b_bits.reshape(depths, 8, 8).swapaxes(0, 1))
+    fragments, _ = fragments_16_bit(a_bits.reshape(4, 16, 16), np.zeros((4, 16, 8), np.uint16))
+    places = group_d_places(64)
+    found = np.ascontiguousarray(d[places])
+    machine(
+        f"multiply_columns_by_warpgroup<{kind}>",
+        *(np.ascontiguousarray(fragments), b_columns.view(np.uint32), found),
+        *(np.int32(depths), np.int32(first)),
+        block=128,
+        shared_bytes=b_columns.nbytes,
+    )
+    part = b_means[first : first + 16]
+    sizes = np.abs(d) + np.abs(a_means) @ np.abs(part)
+    assert (np.abs(found - (d + a_means @ part)[places]) <= sizes[places] * 2.0**-21).all()
+
+
 # ---- words of CUDA C++ --------------------------------------------------------------------------
 
 
