@@ -321,6 +321,18 @@ def _copy_across(array: Any, source: Device, target: Device) -> Any:
         return cupy.asarray(array)
 
 
+def to_pinned(array: Any) -> np.ndarray:
+    """Return a copy, C-contiguous, of an array on a GPU in page-locked memory of the CPU. Waits for the GPU.
+
+    Such memory is copied from and to a GPU faster, and is not available to anything else.
+    """
+    cupy = import_cupy()
+    with array.device:
+        memory = cupy.cuda.alloc_pinned_memory(max(array.nbytes, 1))
+        copy = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+        return array.get(out=copy)
+
+
 def synchronize(device: str | int | Device | None = None) -> None:
     """Wait until all work queued on ``device`` (None: the default device) is done."""
     target = resolve(device)

@@ -44,6 +44,9 @@ from gradengine.tape import Node, SavedOutput, Variable, View
 
 _ndarray = np.ndarray
 
+# Where operations get their nodes; `autograd/saved_hooks.py` puts its own class here while it is on.
+new_node: Any = Node
+
 
 class Operation:
     """The record behind an operation's function: its forward, its pullbacks and what they keep."""
@@ -239,7 +242,7 @@ def _record(
         for x in inputs
     ]
     label = op.label if type(op.label) is str else op.label(**attributes)
-    node = Node(label, out.shape, out.dtype)
+    node = new_node(label, out.shape, out.dtype)
     result = Variable.Result(out, node)
     if op.saves_output:
         out = result._counter = SavedOutput(result.array)
@@ -283,6 +286,10 @@ class Joint:
         self._grad: Any = None
         self._shares: list[Any] = []
 
+    def has_share(self, position: int, grad: Any) -> bool:
+        """Whether `share` would return what was computed before, without any saved value."""
+        return self._grad is grad and self._shares[position] is not None
+
     def share(self, position: int, grad: Any, *saved: Any) -> Any:
         """Return the gradient of the input at `position`, and forget it."""
         if self._grad is not grad or self._shares[position] is None:
@@ -319,7 +326,7 @@ def _unary(op: Operation, floating: bool, needs_range: bool) -> Callable[..., An
             return Variable.Result(out)
         if x._view is not None and x.node is None:  # a view that follows its base off the tape
             return Variable.Result(out)
-        node = Node(op.label, out.shape, out.dtype)
+        node = new_node(op.label, out.shape, out.dtype)
         result = Variable.Result(out, node)
         if op.saves_output:
             out = result._counter = SavedOutput(result.array)
@@ -362,7 +369,7 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
         if node_y is not None and y._view is not None:
             node_y = y.node
         shape = out.shape
-        node = Node(op.label, shape, out.dtype)
+        node = new_node(op.label, shape, out.dtype)
         result = Variable.Result(out, node)
         if op.saves_output:
             out = result._counter = SavedOutput(result.array)

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from gradengine.autocast_mode import autocast, autocast_mode
+from gradengine.autograd import saved_hooks
+from gradengine.autograd.saved_hooks import Packed
 from gradengine.grad_mode import enable_grad, grad_mode
 from gradengine.kernels.cuda import capture
 from gradengine.ops.random import rng_state, set_rng_state
@@ -53,7 +55,7 @@ def checkpoint(
     if not grad_mode.enabled:
         return function(*args, **kwargs)
     again = _Again(function, args, kwargs, preserve_rng_state, determinism_check)
-    outputs = again.call()
+    outputs = again.call(args, kwargs)
     again.take_over(_nodes_behind(outputs, again.began))
     return outputs
 
@@ -69,7 +71,7 @@ class _Again:
         preserve_rng_state: bool,
         determinism_check: str,
     ) -> None:
-        self.call = lambda: _without_cast_cache(function, args, kwargs)
+        self._function = function
         self._name = getattr(function, "__name__", type(function).__name__)
         self._checks_values = determinism_check == "default"
         self._autocast = autocast_mode.dtype
@@ -78,9 +80,15 @@ class _Again:
             self._random = state = [None]
             capture.repeated(lambda: state.__setitem__(0, rng_state()))
         self.began = tick()
-        self.inputs = list(_tensors((args, kwargs)))
+        self._arguments = saved_hooks.packed_nest((args, kwargs), self.began)
+        self.inputs = list(_tensors(self._arguments))
         self._nodes: list[tuple[Any, weakref.ref[Twin]]] = []  # the form of each, and its twin
         self._leaves: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function; what it saves is not packed by hooks from outside, since it is dropped."""
+        with saved_hooks.suspended():
+            return _without_cast_cache(self._function, args, kwargs)
 
     def take_over(self, nodes: list[Node]) -> None:
         """Drop what the nodes saved, and let their pullbacks call for it."""
@@ -102,16 +110,19 @@ class _Again:
                 if isinstance(value, Twin):  # of a checkpoint within this one
                     self._leaves.update(value.again._leaves)
                 for tensor in _tensors(value):
-                    if tensor.is_leaf:
-                        version = tensor.version()
-                        self._leaves[id(version)] = weakref.ref(version), node.index
+                    if isinstance(tensor, Packed):
+                        version = tensor.version_of_leaf
+                    else:
+                        version = weakref.ref(tensor.version()) if tensor.is_leaf else None
+                    if version is not None:
+                        self._leaves[id(version())] = version, node.index
 
     def recompute(self) -> None:
         """Call the function again, and give each old node that is still there its twin."""
-        self._check_unwritten()
+        args, kwargs = self._checked_arguments()
         began = tick()
         with self._as_before():
-            outputs = self.call()
+            outputs = self.call(args, kwargs)
         nodes = _nodes_behind(outputs, began)
         for (before, reference), node in zip(self._nodes, nodes, strict=False):
             now = _form(node, self._checks_values)
@@ -135,8 +146,15 @@ class _Again:
                 stack.enter_context(_random_numbers_of(self._random))
             yield
 
-    def _check_unwritten(self) -> None:
-        written = any(tensor.version().stamp > self.began for tensor in self.inputs)
+    def _checked_arguments(self) -> Any:
+        """Return the arguments after checking that neither they nor parameters were written since."""
+        arguments = saved_hooks.unpacked_nest(self._arguments)
+        written = False
+        for kept, tensor in zip(self.inputs, _tensors(arguments), strict=True):
+            if isinstance(kept, Packed):
+                written = written or kept.is_stale(tensor)
+            else:
+                written = written or kept.version().stamp > self.began
         for reference, index in self._leaves.values():
             version = reference()
             written = written or (version is not None and version.stamp > index)
@@ -146,6 +164,7 @@ class _Again:
                 "inplace operation since its first call began, so that a second one would compute "
                 "something else; pass a clone(), or write to it after backward"
             )
+        return arguments
 
     def _refuse(self, before: str, now: str) -> None:
         raise RuntimeError(
@@ -223,9 +242,9 @@ def _nodes_behind(outputs: Any, began: int) -> list[Node]:
     return sorted(found, key=lambda node: node.index)
 
 
-def _tensors(values: Any) -> Iterator[Variable]:
-    """Yield the tensors in nested tuples, lists and dicts."""
-    if isinstance(values, Variable):
+def _tensors(values: Any) -> Iterator[Any]:
+    """Yield the tensors in nested tuples, lists and dicts, packed ones as they are."""
+    if isinstance(values, (Variable, Packed)):
         yield values
     elif isinstance(values, dict):
         yield from _tensors(list(values.values()))

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gradengine.autograd.saved_hooks import Packed, packed_values
 from gradengine.devices import array_module
 from gradengine.dtypes import is_floating_point
 from gradengine.grad_mode import grad_mode, no_grad
@@ -94,7 +95,10 @@ class FunctionNode(Node):
                 "saved tensors after they have already been freed; pass retain_graph=True to the first "
                 "backward() or grad()"
             )
-        return self.call.restored(unpack(self, edge[2], True))
+        values = unpack(self, edge[2], True)
+        return self.call.restored(
+            [x.unpacked(True) if isinstance(x, Packed) else x for x in values]
+        )
 
     def split(self, grad: Any) -> tuple[Any, ...]:
         """Return an incoming gradient as one for each result of forward, None where there is none."""
@@ -205,7 +209,8 @@ class Call:
         gradients = grad.gradients if isinstance(grad, _Bundle) else {self.only: grad}
         recorded = isinstance(next(iter(gradients.values())), Variable)
         grads = [self._incoming(result, gradients.get(i)) for i, result in enumerate(self.results)]
-        values = [x if x is None or isinstance(x, Variable) else Variable.Result(x) for x in saved]
+        values = [x.unpacked(recorded) if isinstance(x, Packed) else x for x in saved]
+        values = [x if x is None or isinstance(x, Variable) else Variable.Result(x) for x in values]
         self.ctx._saved = self.restored(values)
         try:
             returned = self.backward(self.ctx, *grads)
@@ -392,7 +397,7 @@ def _record(cls: type[Function], ctx: FunctionCtx, args: tuple[Any, ...], output
     form = call.results[call.only] if alone else _Bundle
     node = FunctionNode(call, call.label, form.shape, form.dtype)  # type: ignore[union-attr]
     ctx._node = weakref.ref(node)
-    saved = _saved(call, outputs)
+    saved = packed_values(node, _saved(call, outputs))
     parents = [x.node if isinstance(x, Variable) else None for x in args]
     node.edges = [
         parent and (parent, functools.partial(call.share, i), saved)

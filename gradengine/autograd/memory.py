@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from gradengine import source_lines
 from gradengine.autograd.checkpoint import Twin
+from gradengine.autograd.saved_hooks import Packed, Unpacking
 from gradengine.autograd.watching import (
     MODULE_CALL,
     NEW_NODE,
@@ -214,6 +215,10 @@ def _memory_in(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _memory_in(item)
     elif isinstance(value, functools.partial):
         yield from _memory_in((value.func, value.args, value.keywords))
+    elif isinstance(value, Packed):
+        yield from _memory_in(value.content)
+    elif isinstance(value, Unpacking):
+        yield from _memory_in(value.pullback)
     elif isinstance(value, Twin):
         yield from _memory_in(value.again.inputs)
     elif _is_array(value):
