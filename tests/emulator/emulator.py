@@ -29,6 +29,8 @@ from tests.emulator.guarded import WIDEST, GuardedCopies
 
 FOLDER = Path(__file__).parent
 SHIPPED = Path(__file__).parents[2] / "kernels" / "cuda"
+_FOLDERS = (FOLDER, SHIPPED)  # of headers: the emulator's go first
+_HEADERS = (FOLDER / "builtins.h", FOLDER / "launch.h")  # which every kernel is compiled with
 
 RUNTIME_OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 KERNEL_OPTIONS = (
@@ -390,37 +392,39 @@ def _build_runtime() -> Path:
     sources = [FOLDER / "runtime.cpp", FOLDER / "accesses.cpp"]
     parts = [*sources, FOLDER / "runtime.h", FOLDER / "accesses.h"]
     path = _library_path("runtime", *(part.read_text() for part in parts), *RUNTIME_OPTIONS)
-    if not path.exists():
-        with _temporary_library(path) as temporary:
-            _call_compiler("runtime.cpp", *RUNTIME_OPTIONS, *map(str, sources), "-o", temporary)
+
+    def build(made: str) -> None:
+        _call_compiler("runtime.cpp", *RUNTIME_OPTIONS, *map(str, sources), "-o", made)
+
+    _build_once(path, build)
     return path
 
 
 @cache
 def _build_kernel(source: Path, name: str, architecture: int, watched: bool) -> ctypes.CDLL:
-    folders = (FOLDER, SHIPPED)
     options = (
         *(WATCHED_OPTIONS if watched else KERNEL_OPTIONS),
         f"-D__CUDA_ARCH__={architecture}0",
-        *("-include", str(FOLDER / "builtins.h")),
-        *(f"-I{folder}" for folder in folders),
     )
     runtime = _build_runtime()
-    text = f'#include "{source}"\n#include "{FOLDER / "launch.h"}"\nEMULATOR_EXPORT({name})\n'
-    included = _included(source, folders) | _included(FOLDER / "launch.h", folders)
-    included |= _included(FOLDER / "builtins.h", folders)
+    included = _included(source, _FOLDERS)
+    included |= {path for header in _HEADERS for path in _included(header, _FOLDERS)}
     contents = [path.read_text() for path in sorted(included)]
-    path = _library_path(source.stem, text, *contents, *options, str(runtime))
-    if not path.exists():
-        with _temporary_library(path) as temporary:
-            Path(f"{temporary}.cpp").write_text(text)
-            _call_compiler(
-                f"{source.name}: {name}", *options, "-c", f"{temporary}.cpp", "-o", f"{temporary}.o"
-            )
-            # Linked by itself: with -fsanitize g++ would bring its own handlers. -nostartfiles: these
-            # have zero-initialized variables too.
-            link = ("-shared", "-nostartfiles", f"{temporary}.o", str(runtime))
-            _call_compiler(f"{source.name}: {name}", *link, "-o", temporary)
+    # Where the sources lie is not part of the name: copies of the repository share their libraries
+    path = _library_path(source.stem, source.name, name, *contents, *options, str(runtime))
+
+    def build(made: str) -> None:
+        what = f"{source.name}: {name}"
+        Path(f"{made}.cpp").write_text(f'#include "{source}"\nEMULATOR_EXPORT({name})\n')
+        headers = ("-include", str(_build_headers(options)))
+        folders = (f"-I{folder}" for folder in _FOLDERS)
+        _call_compiler(what, *options, *headers, *folders, "-c", f"{made}.cpp", "-o", f"{made}.o")
+        # Linked by itself: with -fsanitize g++ would bring its own handlers. -nostartfiles: these
+        # have zero-initialized variables too.
+        link = ("-shared", "-nostartfiles", f"{made}.o", str(runtime))
+        _call_compiler(what, *link, "-o", made)
+
+    _build_once(path, build)
     _runtime()
     library = ctypes.CDLL(str(path))
     library.emulator_parameters.restype = ctypes.POINTER(Parameter)
@@ -432,6 +436,27 @@ def _build_kernel(source: Path, name: str, architecture: int, watched: bool) -> 
         ctypes.c_void_p,
     ]
     return library
+
+
+@cache
+def _build_headers(options: tuple[str, ...]) -> Path:
+    """Return a header with what every kernel is given, which g++ finds compiled beside it.
+
+    Reading it anew would take half of the time of a small kernel.
+    """
+    text = "".join(f'#include "{header}"\n' for header in _HEADERS)
+    included = sorted({path for header in _HEADERS for path in _included(header, _FOLDERS)})
+    contents = [path.read_text() for path in included]
+    parts = ("headers", text, *contents, *options)
+    path, compiled = (_library_path(*parts, suffix=suffix) for suffix in (".h", ".h.gch"))
+
+    def build(made: str) -> None:
+        path.write_text(text)
+        folders = (f"-I{folder}" for folder in _FOLDERS)
+        _call_compiler("headers", *options, *folders, "-x", "c++-header", str(path), "-o", made)
+
+    _build_once(compiled, build)
+    return path
 
 
 def _included(source: Path, folders: Sequence[Path]) -> set[Path]:
@@ -450,10 +475,10 @@ def _included(source: Path, folders: Sequence[Path]) -> set[Path]:
     return found
 
 
-def _library_path(stem: str, *parts: str) -> Path:
+def _library_path(stem: str, *parts: str, suffix: str = ".so") -> Path:
     """Return where a library of these parts is kept, and note that it is in use."""
     key = "\0".join((*parts, _compiler(), _processor()))
-    path = _folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    path = _folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}{suffix}"
     with suppress(FileNotFoundError):
         os.utime(path)
     return path
@@ -468,19 +493,33 @@ def _folder() -> Path:
 
 def _forget_old_libraries() -> None:
     """Delete what was not used for a week: each change of a source leaves libraries behind."""
-    for path in _folder().glob("*.so"):
+    for path in filter(Path.is_file, _folder().iterdir()):
         with suppress(FileNotFoundError):  # another process is faster
             if path.stat().st_mtime < time.time() - 7 * 86400:
                 path.unlink()
 
 
-@contextmanager
-def _temporary_library(path: Path) -> Iterator[str]:
-    """Give a name to build under; renamed at the end, so that nobody ever loads a part."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield str(temporary)
-        os.replace(temporary, path)
+def _build_once(path: Path, build: Callable[[str], None]) -> None:
+    """Build a library under the name that `build` is given, unless it is there already.
+
+    It is renamed at the end, so that nobody ever loads a part. A process that wants what another one
+    is building waits for it.
+    """
+    from fcntl import LOCK_EX, flock  # POSIX has it
+
+    if path.exists():
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        with lock.open("w") as file:
+            flock(file, LOCK_EX)
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                    made = Path(folder) / path.name
+                    build(str(made))
+                    os.replace(made, path)
+    finally:
+        lock.unlink(missing_ok=True)  # who has it open still gets its turn
 
 
 def _call_compiler(what: str, *arguments: str) -> None:

@@ -1,10 +1,13 @@
 """What the emulator finds: each fault is planted in a small kernel, which passes without it."""
 
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from gradengine.kernels.cuda.launch import Limits, kernel
-from tests.emulator.emulator import SCHEDULES, EmulatorError
+from tests.emulator.emulator import SCHEDULES, EmulatorError, _build_once
 from tests.emulator.fixtures import assert_schedule_free, every_schedule
 
 THREADS = 64
@@ -375,3 +378,37 @@ class TestLaunches:
 def test_numpy_empty_holds_nan():
     assert np.isnan(np.empty((3, 4), np.float32)).all()
     assert np.isnan(np.empty_like(np.ones(3, np.float16))).all()
+
+
+def test_a_library_that_several_want_at_once_is_built_once(tmp_path):
+    path, built, all_there = tmp_path / "kernel.so", [], threading.Barrier(3)
+
+    def build(made):
+        built.append(made)
+        assert not path.exists()
+        Path(made).write_text("whole")
+
+    def want():
+        all_there.wait()
+        _build_once(path, build)
+        assert path.read_text() == "whole"
+
+    threads = [threading.Thread(target=want) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_library_that_cannot_be_built_may_be_tried_again(tmp_path):
+    def fail(made):
+        raise EmulatorError("g++ refuses it")
+
+    path = tmp_path / "kernel.so"
+    with pytest.raises(EmulatorError, match="refuses"):
+        _build_once(path, fail)
+    assert not list(tmp_path.iterdir())
+    _build_once(path, lambda made: Path(made).touch())
+    assert path.exists()
