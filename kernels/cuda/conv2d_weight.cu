@@ -29,6 +29,7 @@ struct Window {
     // stride_y apart are line_pitch apart; the residues of both follow at pitches of their own.
     int phase_pitch, row_phase_pitch, line_pitch, image_pitch;
     int image_pixels, column_bytes;            // see WarpgroupWindow
+    int step_copies;                           // that a thread of it issues while it multiplies 16 pixels
     int slice_patches;
 
     // The place of x's pixel, from the patch's first one on. Pixel (row, column) of the output reads for a tap what
@@ -43,7 +44,7 @@ struct Window {
     }
 };
 
-// Row, column and image of a pixel within a patch; packed, 10 bits each.
+// Row, column and image of a pixel within a patch. Packed, they take 10, 10 and 9 bits; above each is a bit that is 0.
 struct Spot {
     int image, row, column;
 
@@ -52,14 +53,24 @@ struct Spot {
         row = number / columns % rows;
         image = number / columns / rows;
     }
-    DEVICE explicit Spot(int packed) : image(packed >> 20), row(packed >> 10 & 1023), column(packed & 1023) {}
-    DEVICE int packed() const { return image << 20 | row << 10 | column; }
+    DEVICE uint32_t packed() const { return uint32_t(image) << 22 | row << 11 | column; }
+
+    // All bits above; and what, added to a packed spot, makes those 1 whose number is at least the given one.
+    static constexpr uint32_t ABOVE = 1u << 31 | 1u << 21 | 1u << 10;
+    static DEVICE uint32_t reaching(int image, int row, int column) {
+        return uint32_t(512 - between(image, 512)) << 22 | (1024 - between(row, 1024)) << 11 |
+               (1024 - between(column, 1024));
+    }
+
+private:
+    static DEVICE int between(int number, int most) { return max(0, min(number, most)); }
 };
 
 // A pixel of x or of grad in a patch.
 struct PatchPixel {
-    int spot, element;  // of the array, from the patch's first pixel on; -1 past the patch's last pixel
-    int byte;           // in shared memory, see make_tables
+    uint32_t spot;  // packed
+    int element;    // of the array, from the patch's first pixel on; -1 past the patch's last pixel
+    int byte;       // in shared memory, see make_tables
 };
 
 // Brings the patches of a block: ROWS channels of grad and CHANNELS of x.
@@ -102,49 +113,55 @@ struct PatchLoader {
     // The copies of one patch that this thread issues, some at a time: first of grad, then of x.
     struct Copies {
         unsigned char* stage;
-        int images_left, row, column;  // of the output, at the patch's first pixel
-        int target, source;            // the next ones
+        int target, source;  // the next ones
+        const T* grad;       // the thread's chunk of the patch's first pixel
+        const T* x;          // the thread's chunk of the first image's first pixel,
+        int x_offset;        // and elements from there to the patch's first pixel, which may lie outside
+        // Added to a packed spot: some bit of ABOVE is 1 past the end of an image or of the batch, or if the chunk
+        // does not exist; some bit is 0 before x's image begins.
+        uint32_t past_grad, past_x, within_x;
     };
 
-    DEVICE Copies copies_of(int patch, unsigned char* stage) const {
+    DEVICE Copies copies_of(int patch, unsigned char* stage, const T* grad, const T* x) const {
         const int across = patch / window.column_blocks;
-        return {stage,
-                window.batch - across / window.row_blocks * window.images,
-                across % window.row_blocks * window.rows,
-                patch % window.column_blocks * window.columns,
-                int(threadIdx.x) / GRAD_CHUNKS,
-                int(threadIdx.x) / X_CHUNKS};
+        const int image = across / window.row_blocks * window.images;
+        const int row = across % window.row_blocks * window.rows;
+        const int column = patch % window.column_blocks * window.columns;
+        const int source_row = row * window.stride_y - window.padding_y;
+        const int source_column = column * window.stride_x - window.padding_x;
+        const int grad_channel = first_row + grad_chunk() * CHUNK<T>;
+        const int x_channel = first_channel + x_chunk() * CHUNK<T>;
+        const bool has_grad = grad_channel < window.out_channels, has_x = x_channel < window.channels;
+        const int left = window.batch - image;
+        Copies copies;
+        copies.stage = stage;
+        copies.target = threadIdx.x / GRAD_CHUNKS;
+        copies.source = threadIdx.x / X_CHUNKS;
+        const long long line = (long long)image * window.out_height + row;
+        copies.grad = grad + (line * window.out_width + column) * window.out_channels + (has_grad ? grad_channel : 0);
+        copies.x = x + (long long)image * window.height * window.width * window.channels + (has_x ? x_channel : 0);
+        copies.x_offset = (source_row * window.width + source_column) * window.channels;
+        copies.past_grad =
+            has_grad ? Spot::reaching(left, window.out_height - row, window.out_width - column) : Spot::ABOVE;
+        copies.past_x = has_x ? Spot::reaching(left, window.height - source_row, window.width - source_column)
+                              : Spot::ABOVE;
+        copies.within_x = Spot::reaching(0, -source_row, -source_column);
+        return copies;
     }
 
     // The thread's chunk of a pixel of grad, and of x.
     static DEVICE int grad_chunk() { return threadIdx.x % GRAD_CHUNKS; }
     static DEVICE int x_chunk() { return threadIdx.x % X_CHUNKS; }
 
-    DEVICE void copy_grad(const Copies& copies, const PatchPixel& target, const T* grad,
-                          unsigned char* destination) const {
-        const Spot spot(target.spot);
-        const int channel = grad_chunk() * CHUNK<T>;
-        const bool valid = first_row + channel < window.out_channels && target.element >= 0 &&
-                           spot.image < copies.images_left && copies.row + spot.row < window.out_height &&
-                           copies.column + spot.column < window.out_width;
-        const long long line = (long long)(window.batch - copies.images_left) * window.out_height + copies.row;
-        const T* const source = grad + (line * window.out_width + copies.column) * window.out_channels + first_row +
-                                channel + target.element;
-        copy_async<CHUNK_BYTES>(destination, valid ? source : grad, valid);
+    static DEVICE void copy_grad(const Copies& copies, const PatchPixel& pixel, unsigned char* destination) {
+        const bool valid = pixel.element >= 0 && !(pixel.spot + copies.past_grad & Spot::ABOVE);
+        copy_async<CHUNK_BYTES>(destination, copies.grad + (valid ? pixel.element : 0), valid);
     }
 
-    DEVICE void copy_x(const Copies& copies, const PatchPixel& pixel, const T* x, unsigned char* destination) const {
-        const Spot spot(pixel.spot);
-        const int row = copies.row * window.stride_y - window.padding_y;
-        const int column = copies.column * window.stride_x - window.padding_x;
-        const int channel = x_chunk() * CHUNK<T>;
-        const bool valid = first_channel + channel < window.channels && spot.image < copies.images_left &&
-                           unsigned(row + spot.row) < unsigned(window.height) &&
-                           unsigned(column + spot.column) < unsigned(window.width);
-        const long long line = (long long)(window.batch - copies.images_left) * window.height + row;
-        const T* const source =
-            x + (line * window.width + column) * window.channels + first_channel + channel + pixel.element;
-        copy_async<CHUNK_BYTES>(destination, valid ? source : x, valid);
+    static DEVICE void copy_x(const Copies& copies, const PatchPixel& pixel, unsigned char* destination) {
+        const uint32_t past = pixel.spot + copies.past_x, within = pixel.spot + copies.within_x;
+        const bool valid = !((past | ~within) & Spot::ABOVE);
+        copy_async<CHUNK_BYTES>(destination, copies.x + (valid ? copies.x_offset + pixel.element : 0), valid);
     }
 
     // Where partials (out_channels, taps, channels) of the block's slice have a row and tap.
@@ -219,15 +236,14 @@ struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 
     }
 
     // Issue the next one. Returns false when all are.
-    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
+    DEVICE bool copy_next(Copies& copies) const {
         if (copies.target < window.padded_pixels) {
-            this->copy_grad(copies, targets()[copies.target], grad,
+            this->copy_grad(copies, targets()[copies.target],
                             copies.stage + copies.target * GRAD_PITCH + this->grad_chunk() * CHUNK_BYTES);
             copies.target += THREADS / Loader::GRAD_CHUNKS;
         } else if (copies.source < window.source_pixels) {
             const PatchPixel pixel = sources()[copies.source];
-            this->copy_x(copies, pixel, x,
-                         copies.stage + grad_bytes() + pixel.byte + this->x_chunk() * CHUNK_BYTES);
+            this->copy_x(copies, pixel, copies.stage + grad_bytes() + pixel.byte + this->x_chunk() * CHUNK_BYTES);
             copies.source += THREADS / Loader::X_CHUNKS;
         } else {
             return false;
@@ -369,22 +385,22 @@ window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* _
     const int end = min(first + window.slice_patches, window.patches);
     unsigned char* reading = tile.shared;
     unsigned char* writing = tile.shared + window.stage_bytes;
-    auto copies = tile.copies_of(first, reading);
-    while (tile.copy_next(copies, grad, x)) {}
+    auto copies = tile.copies_of(first, reading, grad, x);
+    while (tile.copy_next(copies)) {}
     for (int patch = first; patch < end; ++patch) {
         commit_copies();
         wait_copies<0>();
         __syncthreads();  // the patch has landed, and nobody reads the one before any more
-        copies = tile.copies_of(patch + 1, writing);
+        copies = tile.copies_of(patch + 1, writing, grad, x);
         for (int pixel = 0; pixel < window.padded_pixels; pixel += tile.DEPTH) {
             if (patch + 1 < end) {  // early, a few at a time: they need no time of their own
 #pragma unroll 1
-                for (int i = 0; i < COPIES_AT_ONCE; ++i) tile.copy_next(copies, grad, x);
+                for (int i = 0; i < COPIES_AT_ONCE; ++i) tile.copy_next(copies);
             }
             tile.multiply(reading, pixel, offsets);
         }
         if (patch + 1 < end) {
-            while (tile.copy_next(copies, grad, x)) {}
+            while (tile.copy_next(copies)) {}
         }
         unsigned char* const next = writing;
         writing = reading;
@@ -417,7 +433,6 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
     static constexpr int WARPGROUP_TAPS = 3;
     static constexpr int DEPTH = 16;            // pixels that one instruction takes
     static constexpr int PIXEL_BYTES = 128;     // of grad
-    static constexpr int COPIES_AT_ONCE = 2;    // for DEPTH pixels; patches need about one
     static_assert(sizeof(T) == 2);
 
     float sums[WARPGROUP_TAPS][8][4];
@@ -447,12 +462,13 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
 
     DEVICE int target_count() const { return window.images * window.rows * window.columns; }
 
-    // Both tables say where a pixel lies: of grad within its part of a stage, of x within a column.
+    // Both tables say where a pixel lies: of grad its chunk 0 within the stage, of x within a column.
     DEVICE void make_tables() {
         for (int number = threadIdx.x; number < target_count(); number += THREADS) {
             const Spot spot(number, window.rows, window.columns);
             const int place = spot.image * window.image_pixels + spot.row * window.line_pitch + spot.column;
-            targets()[number] = {spot.packed(), this->target_element(spot), place * PIXEL_BYTES};
+            targets()[number] = {spot.packed(), this->target_element(spot),
+                                 place * PIXEL_BYTES + place % 8 * CHUNK_BYTES};
         }
         for (int number = threadIdx.x; number < window.source_pixels; number += THREADS) {
             const Spot spot(number, window.source_rows, window.source_columns);
@@ -469,15 +485,14 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
     }
 
     // Issue the next one. Returns false when all are.
-    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
+    DEVICE bool copy_next(Copies& copies) const {
         if (copies.target < target_count()) {
-            const PatchPixel target = targets()[copies.target];
-            const int chunk = this->grad_chunk() ^ target.byte / PIXEL_BYTES % 8;
-            this->copy_grad(copies, target, grad, copies.stage + target.byte + chunk * CHUNK_BYTES);
+            const PatchPixel pixel = targets()[copies.target];
+            this->copy_grad(copies, pixel, copies.stage + (pixel.byte ^ this->grad_chunk() * CHUNK_BYTES));
             copies.target += THREADS / Loader::GRAD_CHUNKS;
         } else if (copies.source < window.source_pixels) {
             const PatchPixel pixel = sources()[copies.source];
-            this->copy_x(copies, pixel, x,
+            this->copy_x(copies, pixel,
                          copies.stage + grad_bytes() + this->x_chunk() * window.column_bytes + pixel.byte);
             copies.source += THREADS / Loader::X_CHUNKS;
         } else {
@@ -489,7 +504,7 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
     // ---- multiplying ----
 
     // Add the products of a patch, and issue copies of the next one meanwhile.
-    DEVICE void multiply(const unsigned char* stage, Copies& copies, bool copying, const T* grad, const T* x) {
+    DEVICE void multiply(const unsigned char* stage, Copies& copies, bool copying) {
         const int steps = window.padded_pixels / DEPTH, image_steps = window.image_pixels / DEPTH;
         const uint64_t columns = warpgroup_operand_of_columns(stage + grad_bytes(), window.column_bytes);
         int place = 0, image_step = 0;  // of x, and within the image, of the next step
@@ -509,7 +524,7 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
         auto copy_some = [&]() {
             if (!copying) return;
 #pragma unroll 1
-            for (int i = 0; i < COPIES_AT_ONCE; ++i) copy_next(copies, grad, x);
+            for (int i = 0; i < window.step_copies; ++i) copy_next(copies);
         };
         // The pixels of one step are loaded while those of the step before are multiplied.
         uint32_t even[4], odd[4];
@@ -571,17 +586,17 @@ warpgroup_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float
     const int end = min(first + window.slice_patches, window.patches);
     unsigned char* reading = tile.shared;
     unsigned char* writing = tile.shared + window.stage_bytes;
-    auto copies = tile.copies_of(first, reading);
-    while (tile.copy_next(copies, grad, x)) {}
+    auto copies = tile.copies_of(first, reading, grad, x);
+    while (tile.copy_next(copies)) {}
     for (int patch = first; patch < end; ++patch) {
         commit_copies();
         wait_copies<0>();
         show_to_products();
         __syncthreads();  // the patch has landed, and nobody reads the one before any more
-        copies = tile.copies_of(patch + 1, writing);
-        tile.multiply(reading, copies, patch + 1 < end, grad, x);
+        copies = tile.copies_of(patch + 1, writing, grad, x);
+        tile.multiply(reading, copies, patch + 1 < end);
         if (patch + 1 < end) {
-            while (tile.copy_next(copies, grad, x)) {}
+            while (tile.copy_next(copies)) {}
         }
         unsigned char* const next = writing;
         writing = reading;

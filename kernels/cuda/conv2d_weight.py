@@ -37,7 +37,7 @@ GATHER_TILES = (TensorTile(128, 128, 64, 32, 3), TensorTile(64, 64, 32, 32, 4))
 TENSOR_CORE_ARCHITECTURE = 80
 MAXIMUM_IMAGE = 1 << 28  # elements: offsets within a patch are 32 bits wide
 MAXIMUM_PIXELS = 1 << 31
-MAXIMUM_SPOT = 1 << 10  # rows, columns or images of a patch: numbers of 10 bits
+MAXIMUM_SPOT = 1 << 9  # rows, columns or images of a patch: numbers of 10 bits, images of 9
 
 # What one multiprocessor of an H100 does in a nanosecond: it decides between ways to compute.
 OPERATIONS = {2: 4500.0, 4: 2250.0}  # by the elements' bytes
@@ -61,6 +61,7 @@ class _Layout(NamedTuple):
     image_pitch: int
     image_pixels: int = 0
     column_bytes: int = 0
+    step_copies: int = 0
 
 
 class _Patch(NamedTuple):
@@ -169,8 +170,14 @@ class WarpgroupTile(NamedTuple):
         column_pixels = _rounded(pixels - 1, 8) + 1
         stage = (padded * self.ROWS + column_pixels * self.channels) * itemsize
         column_bytes = column_pixels * CHUNK_BYTES
+        # all copies are on their way by the middle of a patch: they take about as long as the rest
+        chunks = self.channels * itemsize // CHUNK_BYTES
+        pixels_at_once = self.threads // chunks
+        targets = patch.images * patch.rows * patch.columns
+        copies = -(-targets // pixels_at_once) + -(-patch.source_pixels // pixels_at_once)
+        step_copies = -(-copies // max(1, padded // self.DEPTH // 2))
         pitches = (phase, step_x * phase, pitch, image_pitch, image_pixels, column_bytes)
-        return _Layout(padded, stage, *pitches)
+        return _Layout(padded, stage, *pitches, step_copies)
 
 
 def _rounded(number: int, unit: int) -> int:
@@ -187,7 +194,7 @@ _WINDOW_FIELDS = (
     *("row_blocks", "column_blocks", "patches", "source_rows", "source_columns"),
     *("padded_pixels", "source_pixels", "stage_bytes"),
     *("phase_pitch", "row_phase_pitch", "line_pitch", "image_pitch"),
-    *("image_pixels", "column_bytes", "slice_patches"),
+    *("image_pixels", "column_bytes", "step_copies", "slice_patches"),
 )
 _GATHER_FIELDS = (
     *("height", "width", "channels", "out_height", "out_width", "out_channels"),

@@ -224,6 +224,13 @@ def test_patches(case, patch, dtype, way, emulated_cuda, rng, monkeypatch):
     assert kinds() == {way}
 
 
+@each_way(FLOAT16, FLOAT32, ways=("window", "warpgroup"))
+@pytest.mark.parametrize("x_shape", [(1, 8, 2, 1100), (600, 8, 2, 2)], ids=["columns", "images"])
+def test_more_than_a_patch_can_number(x_shape, dtype, way, emulated_cuda, rng):
+    check(*drawn((x_shape, (8, 8, 2, 2), 1, 0, 1, 1), rng, dtype))
+    assert kinds() == {way}
+
+
 @pytest.mark.parametrize("case", ["square", "stem", "dilation"])
 @each_way(*DTYPES)
 def test_every_schedule_gives_equal_bits(case, dtype, way, emulated_cuda, rng):
