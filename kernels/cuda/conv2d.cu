@@ -27,7 +27,8 @@ struct Part {
     Divisor plane, line;  // pixels of an image, of a line
     int taps_y, taps_x;
     int origin_y, origin_x;
-    int advance_y, advance_x, advance_channels;  // a slab's depth in taps and channels
+    int advance_y, advance_x, advance_channels;  // from a slab to the next, in taps and channels
+    int advance_panel;                           // and, after the last tap, in channels: 0, or those of a slab
     int slabs;
     int first_tap;  // of the weight
     int first_target;
@@ -110,6 +111,11 @@ struct RowTable {
 
 // ---- loaders ----------------------------------------------------------------------------------------------
 
+// The depth is taps times channels. Where a slab's are channels of one tap, the next slab is of the next tap, and all
+// taps come before the next channels: what taps read overlaps, and is still in the L1 cache. (Multiprocessors read
+// from the L2 cache no faster than tensor cores need it.) Few channels fill slabs with several taps: from tap to tap
+// then, as weights lie.
+
 // Operand a: for each row, all taps of its pixel, of each tap padded_channels channels.
 template <typename Slab>
 struct PixelLoader {
@@ -147,7 +153,7 @@ struct PixelLoader {
 #pragma unroll
             for (int i = 0; i < READ_AHEAD; ++i) {
                 const bool inside = (read[i].taps & needed) == needed;
-                copy_async<CHUNK_BYTES>(Slab::destination(slab, first + i), tap + read[i].source, inside);
+                copy_async<CHUNK_BYTES, true>(Slab::destination(slab, first + i), tap + read[i].source, inside);
             }
         }
         int moved = distance(part.advance_y, part.advance_x, part.advance_channels);
@@ -164,6 +170,11 @@ struct PixelLoader {
             ++a;
             moved += distance(1, -part.taps_x, 0);
         }
+        if (part.advance_panel && a == part.taps_y) {
+            a = 0;
+            channel += part.advance_panel;
+            moved += distance(-part.taps_y, 0, part.advance_panel);
+        }
         tap += moved;
     }
 
@@ -174,13 +185,39 @@ private:
     }
 };
 
-// Operand b of the gradient: the weights of one tap after the other, by source channel and column, as they lie or,
-// DEPTHWISE, by column, tap and source channel (see relay_weight).
+// Operand b of the forward pass: the weights of a column by tap and channel, in the order of the slabs.
+template <typename Slab>
+struct ColumnLoader {
+    typedef typename Slab::T T;
+    MatrixLoader<Slab> matrix;  // of one panel of channels, if depths are in panels
+    const Problem& problem;
+    const Part& part;
+
+    DEVICE ColumnLoader(const T* weight, int first_column, const Problem& problem, const Part& part)
+        : matrix(weight, first_column, problem.columns, problem.weight_depth,
+                 part.advance_panel ? panel_depth(part) : problem.weight_depth),
+          problem(problem), part(part) {}
+
+    DEVICE void copy(unsigned char* slab) {
+        matrix.copy(slab);
+        if (!part.advance_panel) return;
+        matrix.address += problem.padded_channels - SLAB_DEPTH<T>;
+        if (matrix.depth_left + Slab::depth(0) > 0) return;  // the same in all threads
+        matrix.depth_left += panel_depth(part);
+        matrix.address += SLAB_DEPTH<T> - problem.weight_depth;
+    }
+
+private:
+    static DEVICE int panel_depth(const Part& part) { return part.taps_y * part.taps_x * SLAB_DEPTH<T>; }
+};
+
+// Operand b of the gradient: by source channel and column, as weights lie or, DEPTHWISE, by column, tap and source
+// channel (see relay_weight). A slab is of one tap.
 template <typename Slab>
 struct TapLoader {
     typedef typename Slab::T T;
     MatrixLoader<Slab> matrix;  // of one tap
-    int b = 0;
+    int a = 0, b = 0;
     const Problem& problem;
     const Part& part;
 
@@ -190,14 +227,16 @@ struct TapLoader {
 
     DEVICE void copy(unsigned char* slab) {
         matrix.copy(slab);
-        if (matrix.depth_left + Slab::depth(0) > 0) return;  // of the tap, the same in all threads
-        matrix.depth_left += problem.padded_channels;
-        const int depth_stride = Slab::LAYOUT == Layout::DEPTHWISE ? 1 : problem.weight_line;
-        matrix.address += problem.weight_step_x - (long long)problem.padded_channels * depth_stride;
-        if (++b == part.taps_x) {
-            b = 0;
-            matrix.address += problem.weight_step_y - part.taps_x * problem.weight_step_x;
-        }
+        const long long panel = SLAB_DEPTH<T> * (long long)(Slab::LAYOUT == Layout::DEPTHWISE ? 1 : problem.weight_line);
+        matrix.depth_left += SLAB_DEPTH<T>;
+        matrix.address += problem.weight_step_x - panel;
+        if (++b < part.taps_x) return;
+        b = 0;
+        matrix.address += problem.weight_step_y - part.taps_x * problem.weight_step_x;
+        if (++a < part.taps_y) return;
+        a = 0;
+        matrix.depth_left -= SLAB_DEPTH<T>;
+        matrix.address += panel - part.taps_y * problem.weight_step_y;
     }
 };
 
@@ -372,9 +411,8 @@ conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void
 
     const int first_channel = place.group * problem.columns;  // of the group
     PixelLoader<typename ConvTile::SlabA> pixels(x + place.group * problem.channels, table.rows, problem, part);
-    MatrixLoader<typename ConvTile::SlabB> weights(weight + (long long)first_channel * problem.weight_depth,
-                                                   place.first_column, problem.columns, problem.weight_depth,
-                                                   problem.weight_depth);
+    ColumnLoader<typename ConvTile::SlabB> weights(weight + (long long)first_channel * problem.weight_depth,
+                                                   place.first_column, problem, part);
     ConvTile tile;
     tile.compute(shared, pixels, weights, part.slabs);
 

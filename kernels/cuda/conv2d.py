@@ -52,6 +52,7 @@ _PART = np.dtype(
         *((name, _DIVISOR) for name in ("plane", "line")),
         *((name, np.int32) for name in ("taps_y", "taps_x", "origin_y", "origin_x")),
         *((name, np.int32) for name in ("advance_y", "advance_x", "advance_channels")),
+        ("advance_panel", np.int32),
         *((name, np.int32) for name in ("slabs", "first_tap", "first_target")),
     ]
 )
@@ -638,16 +639,18 @@ def _fill_part(part: Any, shape: tuple[int, int, int]) -> None:
 
 
 def _fill_taps(part: Any, taps: Pair, channels: int, itemsize: int) -> None:
-    """Set taps, and how far a slab moves on through (line of taps, tap of a line, channel)."""
+    """Set taps, and how far a slab moves on: to the next tap, if slabs have channels of one tap each."""
     depth = SLAB_BYTES // itemsize
     lines, of_a_line = taps
-    moved, moved_channels = divmod(depth, channels)
+    by_panels = channels % depth == 0
+    moved, moved_channels = (1, 0) if by_panels else divmod(depth, channels)
     moved_lines, moved_taps = divmod(moved, max(of_a_line, 1))
     _fill(
         part,
         taps=taps,
         advance=(moved_lines, moved_taps),
         advance_channels=moved_channels,
+        advance_panel=depth if by_panels else 0,
         slabs=-(-lines * of_a_line * channels // depth),
     )
 
