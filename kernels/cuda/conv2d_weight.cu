@@ -69,7 +69,7 @@ private:
 // A pixel of x or of grad in a patch.
 struct PatchPixel {
     uint32_t spot;  // packed
-    int element;    // of the array, from the patch's first pixel on; -1 past the patch's last pixel
+    int chunk;      // of the array, from the patch's first pixel on; -1 past the patch's last pixel
     int byte;       // in shared memory, see make_tables
 };
 
@@ -102,27 +102,27 @@ struct PatchLoader {
     DEVICE PatchPixel* targets() const { return reinterpret_cast<PatchPixel*>(shared + 2 * window.stage_bytes); }
     DEVICE PatchPixel* sources() const { return targets() + window.padded_pixels; }
 
-    // The elements of grad and of x from the patch's first pixel to that at a spot.
-    DEVICE int target_element(Spot spot) const {
-        return ((spot.image * window.out_height + spot.row) * window.out_width + spot.column) * window.out_channels;
+    // The chunks of grad and of x from the patch's first pixel to that at a spot.
+    DEVICE int chunks_to_target(Spot spot) const {
+        const int pixels = (spot.image * window.out_height + spot.row) * window.out_width + spot.column;
+        return pixels * (window.out_channels / CHUNK<T>);
     }
-    DEVICE int source_element(Spot spot) const {
-        return ((spot.image * window.height + spot.row) * window.width + spot.column) * window.channels;
+    DEVICE int chunks_to_source(Spot spot) const {
+        const int pixels = (spot.image * window.height + spot.row) * window.width + spot.column;
+        return pixels * (window.channels / CHUNK<T>);
     }
 
     // The copies of one patch that this thread issues, some at a time: first of grad, then of x.
     struct Copies {
-        unsigned char* stage;
+        int stage;           // bytes from the first stage on
         int target, source;  // the next ones
-        const T* grad;       // the thread's chunk of the patch's first pixel
-        const T* x;          // the thread's chunk of the first image's first pixel,
-        int x_offset;        // and elements from there to the patch's first pixel, which may lie outside
+        int grad, x;         // the thread's chunk of the patch's first pixel; that of x may lie outside
         // Added to a packed spot: some bit of ABOVE is 1 past the end of an image or of the batch, or if the chunk
         // does not exist; some bit is 0 before x's image begins.
         uint32_t past_grad, past_x, within_x;
     };
 
-    DEVICE Copies copies_of(int patch, unsigned char* stage, const T* grad, const T* x) const {
+    DEVICE Copies copies_of(int patch, unsigned char* stage) const {
         const int across = patch / window.column_blocks;
         const int image = across / window.row_blocks * window.images;
         const int row = across % window.row_blocks * window.rows;
@@ -134,13 +134,13 @@ struct PatchLoader {
         const bool has_grad = grad_channel < window.out_channels, has_x = x_channel < window.channels;
         const int left = window.batch - image;
         Copies copies;
-        copies.stage = stage;
+        copies.stage = int(stage - shared);
         copies.target = threadIdx.x / GRAD_CHUNKS;
         copies.source = threadIdx.x / X_CHUNKS;
-        const long long line = (long long)image * window.out_height + row;
-        copies.grad = grad + (line * window.out_width + column) * window.out_channels + (has_grad ? grad_channel : 0);
-        copies.x = x + (long long)image * window.height * window.width * window.channels + (has_x ? x_channel : 0);
-        copies.x_offset = (source_row * window.width + source_column) * window.channels;
+        copies.grad = ((image * window.out_height + row) * window.out_width + column) *
+                          (window.out_channels / CHUNK<T>) + grad_channel / CHUNK<T>;
+        copies.x = ((image * window.height + source_row) * window.width + source_column) *
+                       (window.channels / CHUNK<T>) + x_channel / CHUNK<T>;
         copies.past_grad =
             has_grad ? Spot::reaching(left, window.out_height - row, window.out_width - column) : Spot::ABOVE;
         copies.past_x = has_x ? Spot::reaching(left, window.height - source_row, window.width - source_column)
@@ -153,15 +153,19 @@ struct PatchLoader {
     static DEVICE int grad_chunk() { return threadIdx.x % GRAD_CHUNKS; }
     static DEVICE int x_chunk() { return threadIdx.x % X_CHUNKS; }
 
-    static DEVICE void copy_grad(const Copies& copies, const PatchPixel& pixel, unsigned char* destination) {
-        const bool valid = pixel.element >= 0 && !(pixel.spot + copies.past_grad & Spot::ABOVE);
-        copy_async<CHUNK_BYTES>(destination, copies.grad + (valid ? pixel.element : 0), valid);
+    // Chunk 0 stands for one that is not valid.
+    static DEVICE const T* chunk_at(const T* array, int chunk) { return array + (long long)chunk * CHUNK<T>; }
+
+    static DEVICE void copy_grad(const Copies& copies, const PatchPixel& pixel, const T* grad,
+                                 unsigned char* destination) {
+        const bool valid = pixel.chunk >= 0 && !(pixel.spot + copies.past_grad & Spot::ABOVE);
+        copy_async<CHUNK_BYTES>(destination, chunk_at(grad, valid ? copies.grad + pixel.chunk : 0), valid);
     }
 
-    static DEVICE void copy_x(const Copies& copies, const PatchPixel& pixel, unsigned char* destination) {
+    static DEVICE void copy_x(const Copies& copies, const PatchPixel& pixel, const T* x, unsigned char* destination) {
         const uint32_t past = pixel.spot + copies.past_x, within = pixel.spot + copies.within_x;
         const bool valid = !((past | ~within) & Spot::ABOVE);
-        copy_async<CHUNK_BYTES>(destination, copies.x + (valid ? copies.x_offset + pixel.element : 0), valid);
+        copy_async<CHUNK_BYTES>(destination, chunk_at(x, valid ? copies.x + pixel.chunk : 0), valid);
     }
 
     // Where partials (out_channels, taps, channels) of the block's slice have a row and tap.
@@ -181,6 +185,7 @@ struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 
     using Loader::first_tap;
     using Loader::lane;
     using Loader::ROWS;
+    using Loader::shared;
     using Loader::sources;
     using Loader::tap_count;
     using Loader::targets;
@@ -226,24 +231,25 @@ struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 
             // what pads the patch has grad 0 and reads x somewhere: at the last pixel
             const Spot spot(min(number, pixels - 1), window.rows, window.columns);
             const int place = window.place(spot.image, spot.row * window.stride_y, spot.column * window.stride_x);
-            targets()[number] = {spot.packed(), number < pixels ? this->target_element(spot) : -1, place * X_PITCH};
+            targets()[number] = {spot.packed(), number < pixels ? this->chunks_to_target(spot) : -1, place * X_PITCH};
         }
         for (int number = threadIdx.x; number < window.source_pixels; number += THREADS) {
             const Spot spot(number, window.source_rows, window.source_columns);
-            sources()[number] = {spot.packed(), this->source_element(spot),
+            sources()[number] = {spot.packed(), this->chunks_to_source(spot),
                                  window.place(spot.image, spot.row, spot.column) * X_PITCH};
         }
     }
 
     // Issue the next one. Returns false when all are.
-    DEVICE bool copy_next(Copies& copies) const {
+    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
         if (copies.target < window.padded_pixels) {
-            this->copy_grad(copies, targets()[copies.target],
-                            copies.stage + copies.target * GRAD_PITCH + this->grad_chunk() * CHUNK_BYTES);
+            this->copy_grad(copies, targets()[copies.target], grad,
+                            shared + copies.stage + copies.target * GRAD_PITCH + this->grad_chunk() * CHUNK_BYTES);
             copies.target += THREADS / Loader::GRAD_CHUNKS;
         } else if (copies.source < window.source_pixels) {
             const PatchPixel pixel = sources()[copies.source];
-            this->copy_x(copies, pixel, copies.stage + grad_bytes() + pixel.byte + this->x_chunk() * CHUNK_BYTES);
+            this->copy_x(copies, pixel, x,
+                         shared + copies.stage + grad_bytes() + pixel.byte + this->x_chunk() * CHUNK_BYTES);
             copies.source += THREADS / Loader::X_CHUNKS;
         } else {
             return false;
@@ -385,22 +391,22 @@ window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* _
     const int end = min(first + window.slice_patches, window.patches);
     unsigned char* reading = tile.shared;
     unsigned char* writing = tile.shared + window.stage_bytes;
-    auto copies = tile.copies_of(first, reading, grad, x);
-    while (tile.copy_next(copies)) {}
+    auto copies = tile.copies_of(first, reading);
+    while (tile.copy_next(copies, grad, x)) {}
     for (int patch = first; patch < end; ++patch) {
         commit_copies();
         wait_copies<0>();
         __syncthreads();  // the patch has landed, and nobody reads the one before any more
-        copies = tile.copies_of(patch + 1, writing, grad, x);
+        copies = tile.copies_of(patch + 1, writing);
         for (int pixel = 0; pixel < window.padded_pixels; pixel += tile.DEPTH) {
             if (patch + 1 < end) {  // early, a few at a time: they need no time of their own
 #pragma unroll 1
-                for (int i = 0; i < COPIES_AT_ONCE; ++i) tile.copy_next(copies);
+                for (int i = 0; i < COPIES_AT_ONCE; ++i) tile.copy_next(copies, grad, x);
             }
             tile.multiply(reading, pixel, offsets);
         }
         if (patch + 1 < end) {
-            while (tile.copy_next(copies)) {}
+            while (tile.copy_next(copies, grad, x)) {}
         }
         unsigned char* const next = writing;
         writing = reading;
@@ -467,12 +473,12 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
         for (int number = threadIdx.x; number < target_count(); number += THREADS) {
             const Spot spot(number, window.rows, window.columns);
             const int place = spot.image * window.image_pixels + spot.row * window.line_pitch + spot.column;
-            targets()[number] = {spot.packed(), this->target_element(spot),
+            targets()[number] = {spot.packed(), this->chunks_to_target(spot),
                                  place * PIXEL_BYTES + place % 8 * CHUNK_BYTES};
         }
         for (int number = threadIdx.x; number < window.source_pixels; number += THREADS) {
             const Spot spot(number, window.source_rows, window.source_columns);
-            sources()[number] = {spot.packed(), this->source_element(spot),
+            sources()[number] = {spot.packed(), this->chunks_to_source(spot),
                                  window.place(spot.image, spot.row, spot.column) * CHUNK_BYTES};
         }
     }
@@ -485,15 +491,15 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
     }
 
     // Issue the next one. Returns false when all are.
-    DEVICE bool copy_next(Copies& copies) const {
+    DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
         if (copies.target < target_count()) {
             const PatchPixel pixel = targets()[copies.target];
-            this->copy_grad(copies, pixel, copies.stage + (pixel.byte ^ this->grad_chunk() * CHUNK_BYTES));
+            this->copy_grad(copies, pixel, grad, shared + copies.stage + (pixel.byte ^ this->grad_chunk() * CHUNK_BYTES));
             copies.target += THREADS / Loader::GRAD_CHUNKS;
         } else if (copies.source < window.source_pixels) {
             const PatchPixel pixel = sources()[copies.source];
-            this->copy_x(copies, pixel,
-                         copies.stage + grad_bytes() + this->x_chunk() * window.column_bytes + pixel.byte);
+            this->copy_x(copies, pixel, x,
+                         shared + copies.stage + grad_bytes() + this->x_chunk() * window.column_bytes + pixel.byte);
             copies.source += THREADS / Loader::X_CHUNKS;
         } else {
             return false;
@@ -504,7 +510,7 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
     // ---- multiplying ----
 
     // Add the products of a patch, and issue copies of the next one meanwhile.
-    DEVICE void multiply(const unsigned char* stage, Copies& copies, bool copying) {
+    DEVICE void multiply(const unsigned char* stage, Copies& copies, bool copying, const T* grad, const T* x) {
         const int steps = window.padded_pixels / DEPTH, image_steps = window.image_pixels / DEPTH;
         const uint64_t columns = warpgroup_operand_of_columns(stage + grad_bytes(), window.column_bytes);
         int place = 0, image_step = 0;  // of x, and within the image, of the next step
@@ -524,7 +530,7 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
         auto copy_some = [&]() {
             if (!copying) return;
 #pragma unroll 1
-            for (int i = 0; i < window.step_copies; ++i) copy_next(copies);
+            for (int i = 0; i < window.step_copies; ++i) copy_next(copies, grad, x);
         };
         // The pixels of one step are loaded while those of the step before are multiplied.
         uint32_t even[4], odd[4];
@@ -586,17 +592,17 @@ warpgroup_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float
     const int end = min(first + window.slice_patches, window.patches);
     unsigned char* reading = tile.shared;
     unsigned char* writing = tile.shared + window.stage_bytes;
-    auto copies = tile.copies_of(first, reading, grad, x);
-    while (tile.copy_next(copies)) {}
+    auto copies = tile.copies_of(first, reading);
+    while (tile.copy_next(copies, grad, x)) {}
     for (int patch = first; patch < end; ++patch) {
         commit_copies();
         wait_copies<0>();
         show_to_products();
         __syncthreads();  // the patch has landed, and nobody reads the one before any more
-        copies = tile.copies_of(patch + 1, writing, grad, x);
-        tile.multiply(reading, copies, patch + 1 < end);
+        copies = tile.copies_of(patch + 1, writing);
+        tile.multiply(reading, copies, patch + 1 < end, grad, x);
         if (patch + 1 < end) {
-            while (tile.copy_next(copies)) {}
+            while (tile.copy_next(copies, grad, x)) {}
         }
         unsigned char* const next = writing;
         writing = reading;

@@ -36,6 +36,9 @@ GATHER_TILES = (TensorTile(128, 128, 64, 32, 3), TensorTile(64, 64, 32, 32, 4))
 
 TENSOR_CORE_ARCHITECTURE = 80
 MAXIMUM_IMAGE = 1 << 28  # elements: offsets within a patch are 32 bits wide
+MAXIMUM_CHUNKS = (
+    1 << 30
+)  # of 16 bytes, of an array: numbers of 32 bits, which padding may take below 0
 MAXIMUM_PIXELS = 1 << 31
 MAXIMUM_SPOT = 1 << 9  # rows, columns or images of a patch: numbers of 10 bits, images of 9
 
@@ -251,7 +254,7 @@ def _suits(geometry: Conv2dGeometry, dtype: Any) -> bool:
     if dtype == np.float64 or (dtype == np.float32 and not settings.cuda.conv_tf32):
         return False
     image = max(
-        geometry.in_channels * geometry.height * geometry.width,
+        max(geometry.in_channels, 8) * geometry.height * geometry.width,  # few are filled up
         geometry.out_channels * geometry.out_height * geometry.out_width,
     )
     chunk = CHUNK_BYTES // dtype.itemsize
@@ -260,6 +263,7 @@ def _suits(geometry: Conv2dGeometry, dtype: Any) -> bool:
         fills_chunks
         and geometry.out_channels // geometry.groups % chunk == 0
         and image < MAXIMUM_IMAGE
+        and geometry.batch * image < MAXIMUM_CHUNKS * chunk
         and 0 < geometry.batch * geometry.out_height * geometry.out_width < MAXIMUM_PIXELS
         and device_limits().architecture >= TENSOR_CORE_ARCHITECTURE
     )
