@@ -17,7 +17,14 @@ import numpy as np
 from gradengine.devices import array_module
 from gradengine.kernels import settings
 from gradengine.kernels.cuda import conv2d_plain, conv2d_weight, tuning
-from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
+from gradengine.kernels.cuda.launch import (
+    Limits,
+    address,
+    by_value,
+    c_name,
+    device_limits,
+    kernel,
+)
 from gradengine.kernels.cuda.layout import channels_last
 from gradengine.kernels.cuda.tiles import (
     CHUNK_BYTES,
@@ -452,7 +459,7 @@ class _Plan(NamedTuple):
     tile: TensorTile
     grid: tuple[int, int]
     row_blocks: int
-    record: np.ndarray  # 0-d: the struct that the kernel takes
+    record: np.ndarray  # the struct that the kernel takes, by value
 
 
 def _timed_tile(
@@ -524,7 +531,7 @@ def _forward_plan(
     problem["column_blocks"] = _divisor(column_blocks)
     row_blocks = -(-pixels // tile.rows)
     grid = (row_blocks * column_blocks, given.groups)
-    return _Plan(tile, grid, row_blocks, record)
+    return _Plan(tile, grid, row_blocks, by_value(record))
 
 
 class _Residue(NamedTuple):
@@ -585,7 +592,7 @@ def _grad_input_plan(
         row_blocks += -(-int(part["pixels"]) // tile.rows)
     record["parts"] = len(parts)
     grid = (row_blocks * column_blocks, geometry.groups)
-    return _Plan(tile, grid, row_blocks, record)
+    return _Plan(tile, grid, row_blocks, by_value(record))
 
 
 def _fill_gradient_problem(

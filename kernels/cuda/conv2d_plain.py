@@ -14,7 +14,7 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels.cuda import slices
-from gradengine.kernels.cuda.launch import c_name, kernel
+from gradengine.kernels.cuda.launch import by_value, c_name, kernel
 from gradengine.kernels.cuda.tiles import (
     PLAIN_DEPTH,
     PLAIN_ELEMENTS,
@@ -170,7 +170,7 @@ def convolution(geometry: Conv2dGeometry) -> np.ndarray:
         *(geometry.out_height, geometry.out_width, geometry.out_channels),
         *(geometry.kernel_height, geometry.kernel_width),
     )
-    return np.array((*sizes, *pairs, geometry.groups), _CONVOLUTION)
+    return by_value(np.array((*sizes, *pairs, geometry.groups), _CONVOLUTION))
 
 
 def _launch_tiles(

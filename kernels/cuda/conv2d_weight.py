@@ -16,7 +16,14 @@ import numpy as np
 from gradengine.devices import array_module
 from gradengine.kernels import settings
 from gradengine.kernels.cuda import conv2d_plain, slices
-from gradengine.kernels.cuda.launch import Limits, address, c_name, device_limits, kernel
+from gradengine.kernels.cuda.launch import (
+    Limits,
+    address,
+    by_value,
+    c_name,
+    device_limits,
+    kernel,
+)
 from gradengine.kernels.cuda.layout import channels_last
 from gradengine.kernels.cuda.tiles import (
     CHUNK_BYTES,
@@ -318,7 +325,7 @@ class _Plan(NamedTuple):
     blocks: int  # of a slice
     slices: int
     shared_bytes: int
-    record: np.ndarray  # 0-d: the struct that the kernel takes
+    record: np.ndarray  # the struct that the kernel takes, by value
 
 
 @lru_cache(CACHED_GEOMETRIES)
@@ -488,7 +495,7 @@ def _record(fields: tuple[str, ...], geometry: Conv2dGeometry, **others: int) ->
     for name, (vertical, horizontal) in pairs.items():
         values[f"{name}_y"], values[f"{name}_x"] = vertical, horizontal
     numbers = tuple(values[name] for name in fields)
-    return np.array(numbers, [(name, np.int32) for name in fields])
+    return by_value(np.array(numbers, [(name, np.int32) for name in fields]))
 
 
 def _pixels(geometry: Conv2dGeometry) -> int:

@@ -6,7 +6,7 @@ What runs them is the module's `runtime`: CuPy's driver, or in tests an emulator
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -44,10 +44,12 @@ class Runtime(Protocol):
 class CupyRuntime:
     """The devices that CuPy drives."""
 
-    def device(self) -> int:
+    @cached_property
+    def device(self) -> Callable[[], int]:
+        """CuPy's function: every launch asks for the device."""
         from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]
 
-        return runtime.getDevice()
+        return runtime.getDevice
 
     @cache  # noqa: B019 - there is one runtime
     def limits(self, device: int) -> Limits:
@@ -97,8 +99,8 @@ class Kernel:
     """One kernel on one device.
 
     Arguments are arrays with an axis or more, handed over as pointers, None for the null pointer,
-    int for long long, float for double, NumPy scalars for their type, and 0-d NumPy arrays of
-    records for structs. The launch returns at once; it is ordered after what the current stream
+    int for long long, float for double, NumPy scalars for their type, and what `by_value` gives
+    for structs. The launch returns at once; it is ordered after what the current stream
     was given before.
     """
 
@@ -141,6 +143,16 @@ def device_limits() -> Limits:
     return runtime.limits(runtime.device())
 
 
+def by_value(record: np.ndarray) -> np.ndarray:
+    """Return a 0-d array of a record as the bytes of a struct, for a kernel that takes it by value.
+
+    At each launch CuPy asks NumPy for the array's description, which costs more than the launch
+    where it tells of dozens of fields.
+    """
+    return record.view(f"V{record.itemsize}")
+
+
+@cache  # NumPy makes up a dtype's name anew whenever it is asked
 def c_name(dtype: Any) -> str:
     """Return the element type's name in the kernels' sources: float32 is "float"."""
     name = np.dtype(dtype).name

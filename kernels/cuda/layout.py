@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.launch import address, c_name, kernel
+from gradengine.kernels.cuda.launch import address, by_value, c_name, kernel
 from gradengine.kernels.layout import Array
 
 THREADS = 256
@@ -122,7 +122,7 @@ def _cast(pairs: Sequence[tuple[Array, Array]]) -> None:
     table["first_blocks"][1:count] = ends[:-1]
     table["arrays"] = count
     run = kernel("layout.cu", f"cast_arrays<{c_name(source.dtype)}, {c_name(target.dtype)}>")
-    run((ends[-1],), (THREADS,), (table,))
+    run((ends[-1],), (THREADS,), (by_value(table),))
 
 
 def is_dense(array: Array) -> bool:
@@ -140,7 +140,7 @@ def is_dense(array: Array) -> bool:
 
 def is_aligned(*arrays: Array) -> bool:
     """Whether all arrays begin where accesses of 16 bytes may."""
-    return all(address(array) % PACK_BYTES == 0 for array in arrays)
+    return not sum([address(array) % PACK_BYTES for array in arrays])
 
 
 def blocks(count: int) -> int:
@@ -157,4 +157,5 @@ def _transpose(x: Array, out: Array, sizes: tuple[int, int, int, int]) -> None:
 
 
 def _element_strides(x: Array) -> np.ndarray:
-    return np.array(tuple(stride // x.dtype.itemsize for stride in x.strides), _STRIDES)
+    strides = tuple(stride // x.dtype.itemsize for stride in x.strides)
+    return by_value(np.array(strides, _STRIDES))

@@ -14,14 +14,14 @@ ROWS_OF_BLOCK = 4  # where a warp makes a row
 WARP_CLASSES = 256  # up to which a warp does
 
 _TARGETS = {
-    "int64": "long long",
-    "int32": "int",
-    "int16": "short",
-    "int8": "signed char",
-    "uint64": "unsigned long long",
-    "uint32": "unsigned int",
-    "uint16": "unsigned short",
-    "uint8": "unsigned char",
+    np.dtype(np.int64): "long long",
+    np.dtype(np.int32): "int",
+    np.dtype(np.int16): "short",
+    np.dtype(np.int8): "signed char",
+    np.dtype(np.uint64): "unsigned long long",
+    np.dtype(np.uint32): "unsigned int",
+    np.dtype(np.uint16): "unsigned short",
+    np.dtype(np.uint8): "unsigned char",
 }
 KERNELS = {
     "loss.cu": tuple(
@@ -55,7 +55,7 @@ def _run(name: str, x: Array, target: Array, arrays: tuple[Array, ...]) -> None:
         return
     whole_block = classes > WARP_CLASSES
     threads, of_block = (BLOCK, 1) if whole_block else (WARP, ROWS_OF_BLOCK)
-    types = f"{c_name(x.dtype)}, {_TARGETS[target.dtype.name]}, {threads}"
+    types = f"{c_name(x.dtype)}, {_TARGETS[target.dtype]}, {threads}"
     run = kernel("loss.cu", f"{name}<{types}>")
     run((-(-rows // of_block),), (threads * of_block,), (*arrays, rows, classes))
 

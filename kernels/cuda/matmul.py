@@ -20,7 +20,7 @@ from gradengine.devices import array_module
 from gradengine.kernels import settings
 from gradengine.kernels.cuda import slices
 from gradengine.kernels.cuda.capture import in_step
-from gradengine.kernels.cuda.launch import address, c_name, device_limits, kernel
+from gradengine.kernels.cuda.launch import address, by_value, c_name, device_limits, kernel
 from gradengine.kernels.cuda.tiles import (
     CHUNK_BYTES,
     PLAIN_DEPTH,
@@ -59,7 +59,7 @@ LEAST_SLABS = 4
 LARGE_TENSOR_TILES = (TensorTile(128, 128, 64, 32, 4), TensorTile(128, 128, 64, 32, 3))
 SMALL_TENSOR_TILE = TensorTile(64, 64, 32, 32, 4)
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_ELEMENTS = ("float16", "bfloat16", "float", "double")
 
 
 def _instance(kind: str, element: str, layouts: Iterable[str], numbers: Iterable[int]) -> str:
@@ -84,7 +84,7 @@ KERNELS = {SOURCE: tuple(_instances())}
 
 def matmul(x: Array, y: Array) -> Array:
     """Multiply x (..., M, K) and y (..., K, N) of one dtype, as kernels.matmul does."""
-    known = x.dtype == y.dtype and x.dtype.name in _DTYPES and x.dtype.isnative
+    known = x.dtype == y.dtype and c_name(x.dtype) in _ELEMENTS and x.dtype.isnative
     if not known or min(x.ndim, y.ndim) < 2 or max(x.shape + y.shape) >= 1 << 31:
         return array_module(x).matmul(x, y)
     if y.ndim == 2 and x.flags.c_contiguous:  # one product of all rows
@@ -205,7 +205,7 @@ def multiply(x: Array, y: Array, uses_tensor_cores: bool) -> Array:
         for operand in (a, b)
     )
     numbers = (a.lines, b.lines, a.depth, share.depth, _filled(sizes, 1), *strides)
-    arguments = (a.array, b.array, out, partials, np.array(numbers, _PRODUCT))
+    arguments = (a.array, b.array, out, partials, by_value(np.array(numbers, _PRODUCT)))
     run = kernel(SOURCE, choice.name)
     run((blocks * share.slices,), (tile.threads,), arguments, choice.shared_bytes)
     if partials is not None:

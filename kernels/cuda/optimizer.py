@@ -9,7 +9,7 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels.cuda.capture import by_value_or_live
-from gradengine.kernels.cuda.launch import address, c_name, kernel
+from gradengine.kernels.cuda.launch import address, by_value, c_name, kernel
 from gradengine.kernels.layout import Array
 from gradengine.kernels.rows import Rows
 
@@ -48,7 +48,7 @@ def sgd(
         sign = -1 if options["maximize"] else 1
         share = 1 - options["dampening"]
         rest = (share, options["weight_decay"], sign, options["nesterov"])
-        return np.array((options["lr"], options["momentum"], *rest), _SGD_NUMBERS)
+        return by_value(np.array((options["lr"], options["momentum"], *rest), _SGD_NUMBERS))
 
     numbers = by_value_or_live(_SGD_NUMBERS, read)
 
@@ -83,7 +83,7 @@ def adam(
         for place, state in enumerate(states[part]):
             numbers["rate"][place] = lr / (1 - keep ** state["step"])
             numbers["root_factor"][place] = (1 - keep_square ** state["step"]) ** 0.5
-        return numbers
+        return by_value(numbers)
 
     def arguments(part: slice) -> tuple[Any, ...]:
         return by_value_or_live(_ADAM_NUMBERS, lambda: read(part))
@@ -129,4 +129,4 @@ def _tables(rows: list[list[Array]]) -> Iterator[tuple[np.ndarray, int, slice]]:
         table["first_chunk"] = ends[-1]
         table["first_chunk"][0] = 0
         table["first_chunk"][1 : sizes.size] = ends[:-1]
-        yield table, int(ends[-1]), part
+        yield by_value(table), int(ends[-1]), part

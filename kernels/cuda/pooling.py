@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.launch import c_name, kernel
+from gradengine.kernels.cuda.launch import by_value, c_name, kernel
 from gradengine.kernels.cuda.layout import PACK_BYTES, THREADS, channels_last, is_aligned
 from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
@@ -129,7 +129,8 @@ def _pool(geometry: Pool2dGeometry) -> np.ndarray:
     )
     rows, columns = sizes
     divisor = geometry.divisor_override or 0
-    return np.array((divisor, rows, columns, geometry.channels, geometry.count_include_pad), _POOL)
+    record = (divisor, rows, columns, geometry.channels, geometry.count_include_pad)
+    return by_value(np.array(record, _POOL))
 
 
 def _empty(like: Array, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from gradengine.kernels.cuda.launch import c_name, device_limits, kernel
+from gradengine.kernels.cuda.launch import by_value, c_name, device_limits, kernel
 from gradengine.kernels.layout import Array
 
 SOURCE = "slices.cu"
@@ -53,10 +54,16 @@ def add_slices(partials: Array, out: Array, first_tap: int = 0) -> None:
     Both are contiguous. out may have fewer taps and channels: those from first_tap and 0 on.
     """
     slices, lines, taps, channels = partials.shape
-    part = np.array((taps, channels, first_tap, *out.shape[1:]), _PART)
+    part = _part(taps, channels, first_tap, *out.shape[1:])
     rows = 1 if slices <= FEW_SLICES else SHARED_BY
     types = f"{c_name(partials.dtype)}, {c_name(out.dtype)}"
     grid = (-(-out.size * rows // THREADS),)
     shared_bytes = THREADS * partials.dtype.itemsize
     run = kernel(SOURCE, f"add_slices<{types}, {rows}>")
     run(grid, (THREADS,), (partials, out, part, lines, slices), shared_bytes)
+
+
+@lru_cache(1024)
+def _part(*sizes: int) -> np.ndarray:
+    """Return the struct Part of these sizes."""
+    return by_value(np.array(sizes, _PART))
