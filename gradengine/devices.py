@@ -342,11 +342,14 @@ def synchronize(device: str | int | Device | None = None) -> None:
 
 def check_same_device(name: str, *arrays: Any) -> None:
     """Raise TypeError, in the name of operation ``name``, unless all arrays share one device."""
-    if all(type(array) is np.ndarray for array in arrays):
-        return
-    devices = dict.fromkeys(device_of(array) for array in arrays)
-    if len(devices) > 1:
+    if len({_index_of(array) for array in arrays}) > 1:
+        devices = dict.fromkeys(device_of(array) for array in arrays)
         raise TypeError(
             f"{name}: all tensors must be on one device; got {' and '.join(map(str, devices))} "
             "(move them with .to(device))"
         )
+
+
+def _index_of(array: Any) -> int | None:
+    """Return the index of the GPU that holds an array, None for NumPy's, whose device is "cpu"."""
+    return None if type(array) is np.ndarray else getattr(array.device, "id", None)

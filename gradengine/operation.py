@@ -553,7 +553,7 @@ def _call(
     located = [array for array in arrays if hasattr(array, "dtype")]
     devices.check_same_device(name, *located)
     for array in located:
-        if devices.array_module(array) is not np:
+        if type(array) is not _ndarray and devices.array_module(array) is not np:
             with array.device:
                 return call(forward, *arrays, **attributes)
     return forward(*arrays, **attributes)

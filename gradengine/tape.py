@@ -72,13 +72,13 @@ class Version:
             self._log = log = WriteLog()
             return log
 
-    def written(self, at: int, method: str = "") -> None:
-        """Note a write at this time of the clock, by this method of Tensor if it was one."""
+    def written(self, at: int, method: str = "", place: source_lines.Place | None = None) -> None:
+        """Note a write at this time of the clock, by this method of Tensor if it was one, and where."""
         self.stamp = at
         log = self.log
         log.count += 1
         log.method = method
-        log.place = source_lines.calling_place()
+        log.place = place or source_lines.calling_place()
         note_write(self)
 
 
@@ -477,6 +477,13 @@ class Variable:
             return
         if hooks.retained_by() is self:
             new.attached().retained_by, hooks.retained_by = hooks.retained_by, None
+
+
+def note_writes(tensors: Iterable[Variable]) -> None:
+    """Note that the memory of all these tensors was just written, by one call of the user's."""
+    at, place = tick(), source_lines.calling_place()
+    for tensor in tensors:
+        tensor.version().written(at, place=place)
 
 
 # ---- the walk ------------------------------------------------------------------------------------

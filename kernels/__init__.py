@@ -37,6 +37,8 @@ class PackedConv2d(NamedTuple):
 # Elements from which on an elementwise pass is worth the launch of a kernel.
 PARALLEL_SIZE = 1 << 16
 
+_FLOAT32 = np.dtype(np.float32)
+
 # By name: bfloat16 is a dtype of ml_dtypes, which is not imported before somebody uses it.
 _DTYPES = {
     "cpu": ("float32", "float64"),
@@ -168,6 +170,7 @@ def batch_norm_act(
     running_mean: Array | None = None,
     running_var: Array | None = None,
     momentum: float = 0.0,
+    batches: Array | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Normalize each channel of x (N, C, H, W) by its own mean and biased variance.
 
@@ -177,17 +180,18 @@ def batch_norm_act(
     residual, with relu at least 0; mean and inv_std = 1 / sqrt(var + eps), float32 for 16-bit x;
     and what the gradient kernel of this device has to know of relu beside out, or None. Running
     statistics move in place by the share `momentum`, the variance towards the unbiased one; an
-    empty batch, of mean and variance 0, leaves them as they are.
+    empty batch, of mean and variance 0, leaves them as they are. batches, int64 (1,), grows by one.
     """
     name = "batch_norm_act"
     vectors = {"weight": weight, "bias": bias}
     vectors |= {"running_mean": running_mean, "running_var": running_var}
     module = _normalization(name, x, residual, vectors)
+    _check_batches(name, batches)
     if moments is not None:
         _check_channels(name, x, mean=moments[0], var=moments[1])
     return module.batch_norm_act(
         *(x, weight, bias, residual, relu, eps, moments),
-        *(running_mean, running_var, momentum),
+        *(running_mean, running_var, momentum, batches),
     )
 
 
@@ -232,6 +236,7 @@ def batch_norm_relu_max_pool(
     running_mean: Array | None = None,
     running_var: Array | None = None,
     momentum: float = 0.0,
+    batches: Array | None = None,
 ) -> tuple[Array, Array, Array, Array, Array | None]:
     """Give max_pool2d of batch_norm_act with relu, in fewer passes where the device has a kernel.
 
@@ -244,10 +249,12 @@ def batch_norm_relu_max_pool(
     vectors = {"weight": weight, "bias": bias}
     vectors |= {"running_mean": running_mean, "running_var": running_var}
     module = _normalization(name, x, None, vectors, family="normalized_pool")
+    _check_batches(name, batches)
     if moments is not None:
         _check_channels(name, x, mean=moments[0], var=moments[1])
     return module.batch_norm_relu_max_pool(
-        *(x, weight, bias, eps, geometry, moments, running_mean, running_var, momentum)
+        *(x, weight, bias, eps, geometry, moments),
+        *(running_mean, running_var, momentum, batches),
     )
 
 
@@ -438,15 +445,21 @@ def _check_conv2d(
 
 def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     """Give the module of a family of kernels for arrays of one kind and one dtype."""
-    first = next(iter(arrays.values()))
-    device = place(first)
-    dtype = first.dtype
-    known = dtype.name in _DTYPES[device] and dtype.isnative
-    if not known or any(array.dtype != dtype for array in arrays.values()):
+    first, *others = arrays.values()
+    device, dtype = place(first), first.dtype
+    fits = _has_kernels(device, dtype)
+    for array in others:
+        fits = fits and array.dtype == dtype
+    if not fits:
         allowed = " or ".join(_DTYPES[device])
         got = ", ".join(f"{key}.dtype={array.dtype}" for key, array in arrays.items())
         raise TypeError(f"{name}: arrays must be of one dtype ({allowed} on {device}); got {got}")
     return _import_family(device, family)
+
+
+@cache  # NumPy makes up a dtype's name anew whenever it is asked
+def _has_kernels(device: str, dtype: np.dtype) -> bool:
+    return dtype.name in _DTYPES[device] and dtype.isnative
 
 
 def _normalization(
@@ -462,8 +475,7 @@ def _normalization(
     if residual is not None:
         _check_shape(name, "residual", residual, x.shape)
         arrays["residual"] = residual
-    dtypes = {vector.dtype for vector in given.values()}
-    if dtypes == {np.dtype(np.float32)} and x.dtype.itemsize == 2:
+    if x.dtype.itemsize == 2 and {vector.dtype for vector in given.values()} == {_FLOAT32}:
         given = {}  # parameters of full precision beside 16-bit activations
     return _module(name, family, x=x, **arrays, **given)
 
@@ -484,10 +496,20 @@ def _check_channels(name: str, x: Array, **vectors: Array | None) -> dict[str, A
         raise ValueError(
             f"{name}: x must have four dimensions (x.ndim == 4); got x.shape={x.shape}"
         )
-    given = {key: vector for key, vector in vectors.items() if vector is not None}
-    for key, vector in given.items():
-        _check_shape(name, key, vector, (x.shape[1],))
+    shape = (x.shape[1],)
+    given = {}
+    for key, vector in vectors.items():
+        if vector is not None:
+            _check_shape(name, key, vector, shape)
+            given[key] = vector
     return given
+
+
+def _check_batches(name: str, batches: Array | None) -> None:
+    if batches is not None:
+        _check_shape(name, "batches", batches, (1,))
+        if batches.dtype != np.int64:
+            raise TypeError(f"{name}: batches must be int64; got batches.dtype={batches.dtype}")
 
 
 def _check_rows(name: str, values: Sequence[Array], **rows: Sequence[Array]) -> None:

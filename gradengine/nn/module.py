@@ -104,8 +104,9 @@ class Module:
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         for registry in _REGISTRIES:
-            if name in own.get(registry, ()):
-                return own[registry][name]
+            registered = own.get(registry)
+            if registered is not None and name in registered:
+                return registered[name]
         kind = type(self).__name__
         if "_parameters" not in own and not name.startswith("__"):
             raise AttributeError(f"'{kind}' has no {name!r} before Module.__init__() call")

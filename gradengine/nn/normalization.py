@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradengine import functional as F
-from gradengine.devices import on_device_of
 from gradengine.factories import ones, tensor, zeros
 from gradengine.grad_mode import grad_mode
 from gradengine.nn import init
@@ -84,29 +83,31 @@ class _BatchNorm(Module):
     def _normalize(self, x: Tensor, **epilogue: Any) -> Tensor:
         """Normalize x and do what the mode asks for; `batch_norm_act` documents `epilogue`."""
         if self._takes_running_statistics():
-            return self._batch_norm(x, False, 0.0, epilogue)
+            return self._batch_norm(x, False, 0.0, None, epilogue)
         if not self.track_running_stats or grad_mode.recomputing:
-            return self._batch_norm(x, True, 0.0, epilogue)
+            return self._batch_norm(x, True, 0.0, None, epilogue)
         if not self._warned and self._drifts():
             _warn_of_drift(self)
         count = self.num_batches_tracked
         assert count is not None
         # Without momentum, the running statistics are the plain average over all batches so far.
         momentum = 1 / (count.item() + 1) if self.momentum is None else self.momentum
-        out = self._batch_norm(x, True, momentum, epilogue)
-        with on_device_of(count.array):
-            count.array += 1
-        count.written()
-        return out
+        return self._batch_norm(x, True, momentum, count, epilogue)
 
     def _batch_norm(
-        self, x: Tensor, training: bool, momentum: float, epilogue: dict[str, Any]
+        self,
+        x: Tensor,
+        training: bool,
+        momentum: float,
+        count: Tensor | None,
+        epilogue: dict[str, Any],
     ) -> Tensor:
         return batch_norm_act(
             *(x, self.running_mean, self.running_var, self.weight, self.bias),
             training=training,
             momentum=momentum,
             eps=self.eps,
+            num_batches_tracked=count,
             **epilogue,
         )
 
@@ -116,9 +117,10 @@ class _BatchNorm(Module):
 
     def _drifts(self) -> bool:
         """Whether the statistics move although somebody froze all parameters, by hand."""
-        moves = self.training and self.track_running_stats and not self.fixed
-        frozen = [not parameter.requires_grad for parameter in self.parameters(recurse=False)]
-        return moves and bool(frozen) and all(frozen)
+        if not self.training or not self.track_running_stats or self.fixed:
+            return False
+        parameters = [one for one in self._parameters.values() if one is not None]
+        return bool(parameters) and not any(one.requires_grad for one in parameters)
 
     def _upgrade_state(self, given: dict[str, Any], prefix: str, version: int | None) -> None:
         key = prefix + "num_batches_tracked"

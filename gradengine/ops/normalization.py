@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, check_same_device
-from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
+from gradengine.dtypes import float32, is_floating_point, narrowed, sum_dtype
 from gradengine.grad_mode import grad_mode
 from gradengine.kernels.geometry import Pool2dGeometry
 from gradengine.operation import array_of, cast, operation, raised, sum_to_shape
@@ -17,30 +17,38 @@ from gradengine.ops.elementwise import rsqrt, where
 from gradengine.ops.pooling import max_pool2d_scatter
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape
-from gradengine.tape import Variable
+from gradengine.tape import Variable, note_writes
 
 # ---- batch normalization -------------------------------------------------------------------------
 
 
-def _by_batch(x, weight, bias, residual, *, relu, **options):
+class _Running(NamedTuple):
+    """Arrays that a batch moves in place, and by which share of it; any of them may be None."""
+
+    mean: Any
+    var: Any
+    momentum: float
+    batches: Any  # int64 (1,)
+
+
+def _by_batch(x, weight, bias, residual, relu, eps, moments, running):
     """Normalize by the batch's own statistics and move the running ones, in place, towards them."""
+    arguments = (relu, eps, moments, *running)
+    if x.ndim == 4:
+        return kernels.batch_norm_act(x, weight, bias, residual, *arguments)
     residual = None if residual is None else _images(residual)
-    out, *kept = kernels.batch_norm_act(_images(x), weight, bias, residual, relu, **options)
+    out, *kept = kernels.batch_norm_act(_images(x), weight, bias, residual, *arguments)
     return out.reshape(x.shape), *kept
 
 
 @operation(label="NativeBatchNormBackward0", keeps=("mean", "inv_std", "passed"))
-def _batch_norm(x, weight, bias, residual, *, running_mean, running_var, momentum, eps, moments):
-    statistics = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
-    return _by_batch(x, weight, bias, residual, relu=False, eps=eps, moments=moments, **statistics)
+def _batch_norm(x, weight, bias, residual, *, eps, moments, running):
+    return _by_batch(x, weight, bias, residual, False, eps, moments, running)
 
 
 @operation(label="BatchNormReluBackward0", keeps=("mean", "inv_std", "passed"))
-def _batch_norm_relu(
-    x, weight, bias, residual, *, running_mean, running_var, momentum, eps, moments
-):
-    statistics = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
-    return _by_batch(x, weight, bias, residual, relu=True, eps=eps, moments=moments, **statistics)
+def _batch_norm_relu(x, weight, bias, residual, *, eps, moments, running):
+    return _by_batch(x, weight, bias, residual, True, eps, moments, running)
 
 
 def _batch_norm_grad(
@@ -81,6 +89,8 @@ def _grad_by_batch(
         grads = kernels.batch_norm_act_grad(
             *(_images(grad), _images(x), images, passed, weight, mean, inv_std, relu, wanted[3])
         )
+        if x.ndim == 4:
+            return grads
         by_residual = None if grads[3] is None else grads[3].reshape(x.shape)
         return grads[0].reshape(x.shape), *grads[1:3], by_residual
     grads = _recorded_grad_by_batch(_behind_relu(grad, out), x, weight, inv_std, eps)
@@ -122,12 +132,8 @@ _batch_norm_relu.joint_pullback(_batch_norm_relu_grad)
 
 
 @operation(label="BatchNormReluMaxPoolBackward0", keeps=("mean", "inv_std", "winners", "peaks"))
-def _batch_norm_relu_max_pool(
-    x, weight, bias, *, running_mean, running_var, momentum, eps, moments, geometry
-):
-    return kernels.batch_norm_relu_max_pool(
-        *(x, weight, bias, eps, geometry, moments, running_mean, running_var, momentum)
-    )
+def _batch_norm_relu_max_pool(x, weight, bias, *, eps, moments, running, geometry):
+    return kernels.batch_norm_relu_max_pool(x, weight, bias, eps, geometry, moments, *running)
 
 
 def _batch_norm_relu_max_pool_grad(
@@ -255,18 +261,19 @@ def batch_norm_act(
     eps: float = 1e-5,
     moments: tuple[Any, Any] | None = None,
     pool: Pool2dGeometry | None = None,
+    num_batches_tracked: Any = None,
 ) -> Any:
     """Return batch_norm of x, plus `residual` shaped like x, with `relu` at least 0, in one pass.
 
     moments are x's mean and biased variance by channel, float64 arrays (C,), where training has no
     need to compute them; gradients count that they depend on x. With `pool`, in training with relu
-    and without residual, max_pool2d of that is returned. Raises what `batch_norm` does.
+    and without residual, max_pool2d of that is returned. num_batches_tracked, int64 of no axes,
+    grows by one in training. Raises what `batch_norm` does.
     """
     _check_batch_norm(x, running_mean, running_var, training)
     _check_vectors(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_residual(x, residual)
     inputs = (x, weight, bias, residual)
-    running_mean, running_var = _to_move(running_mean, running_var, training)
     if not training:
         mean, var = array_of(running_mean), array_of(running_var)
         var = var.astype(sum_dtype(var.dtype), copy=False)
@@ -274,26 +281,18 @@ def batch_norm_act(
         # A copy of the mean: training may move the running one before backward asks for it.
         apply = _scale_channels_relu if relu else _scale_channels
         return apply(*inputs, mean=mean.copy(), inv_std=inv_std)
-    options: dict[str, Any] = {
-        "running_mean": array_of(running_mean),
-        "running_var": array_of(running_var),
-        "momentum": momentum,
-        "eps": eps,
-        "moments": moments,
-    }
+    moved = (running_mean, running_var, num_batches_tracked)
+    if grad_mode.recomputing:  # a checkpoint's second call: the first has moved them
+        moved = (None, None, None)
+    mean, var, batches = (array_of(one) for one in moved)
+    running = _Running(mean, var, momentum, None if batches is None else batches.reshape(1))
+    options: dict[str, Any] = {"eps": eps, "moments": moments, "running": running}
     if pool is not None:
         out = _batch_norm_relu_max_pool(x, weight, bias, geometry=pool, **options)
     else:
         out = (_batch_norm_relu if relu else _batch_norm)(*inputs, **options)
-    for running in (running_mean, running_var):
-        if isinstance(running, Variable):
-            running.written()
+    note_writes(one for one in moved if isinstance(one, Variable))
     return out
-
-
-def _to_move(running_mean: Any, running_var: Any, training: bool) -> tuple[Any, Any]:
-    """Return the running statistics, or None where training has moved them: a checkpoint's second call."""
-    return (None, None) if training and grad_mode.recomputing else (running_mean, running_var)
 
 
 def _check_residual(x: Any, residual: Any) -> None:
@@ -323,22 +322,22 @@ def _check_batch_norm(x: Any, running_mean: Any, running_var: Any, training: boo
 
 
 def _check_vectors(x: Any, **vectors: Any) -> None:
-    for name, vector in vectors.items():
-        if vector is None:
-            continue
-        if vector.shape != x.shape[1:2]:
+    x = array_of(x)
+    given = {name: array_of(vector) for name, vector in vectors.items() if vector is not None}
+    shape, dtype = x.shape[1:2], x.dtype
+    for name, vector in given.items():
+        if vector.shape != shape:
             raise ValueError(
                 f"batch_norm: {name} must have one element for each channel "
                 f"({name}.shape == x.shape[1:2]); got x.shape={tuple(x.shape)}, "
                 f"{name}.shape={tuple(vector.shape)}"
             )
-        mixed = x.dtype.itemsize == 2 and vector.dtype == "float32"
-        if vector.dtype != x.dtype and not mixed:
+        if vector.dtype != dtype and not (dtype.itemsize == 2 and vector.dtype == float32):
             raise TypeError(
                 f"batch_norm: {name} must have x's dtype ({name}.dtype == x.dtype); "
-                f"got x.dtype={x.dtype}, {name}.dtype={vector.dtype}"
+                f"got x.dtype={dtype}, {name}.dtype={vector.dtype}"
             )
-        check_same_device("batch_norm", array_of(x), array_of(vector))
+    check_same_device("batch_norm", x, *given.values())
 
 
 def _images(x: Any) -> Any:

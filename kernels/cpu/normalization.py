@@ -36,6 +36,7 @@ def batch_norm_act(
     running_mean: Array | None,
     running_var: Array | None,
     momentum: float,
+    batches: Array | None = None,
 ) -> tuple[Array, Array, Array, None]:
     array = kernel_input(x)
     mean, var = _moments(array) if moments is None else moments
@@ -52,6 +53,8 @@ def batch_norm_act(
         if count:
             _move(running_mean, mean, momentum)
             _move(running_var, var * (count / max(count - 1, 1)), momentum)
+    if batches is not None:
+        batches += 1
     return out, center, inv_std.astype(x.dtype), None
 
 

@@ -23,9 +23,10 @@ def batch_norm_relu_max_pool(
     running_mean: Array | None,
     running_var: Array | None,
     momentum: float,
+    batches: Array | None = None,
 ) -> tuple[Array, Array, Array, Array, None]:
     normalized, mean, inv_std, _ = batch_norm_act(
-        *(x, weight, bias, None, True, eps, moments, running_mean, running_var, momentum)
+        *(x, weight, bias, None, True, eps, moments, running_mean, running_var, momentum, batches)
     )
     out, indices = max_pool2d(normalized, geometry)
     return out, mean, inv_std, indices, None

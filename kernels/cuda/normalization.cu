@@ -143,14 +143,15 @@ template <typename T, typename P, typename Moment, int WIDTH, bool RESIDUAL>
 __global__ void __launch_bounds__(THREADS, resident(WIDTH))
 batch_norm_apply(const T* x, const T* residual, T* out, unsigned char* passed, const Moment* mean, const Moment* var,
                  Sum<T>* kept_mean, const P* weight, const P* bias, Sum<T>* inv_std, P* running_mean, P* running_var,
-                 long long rows, long long channels, double eps, double momentum, long long relu) {
+                 long long* batches, long long rows, long long channels, double eps, double momentum,
+                 long long relu) {
     const Column<WIDTH> column(rows, channels);
     Affine<Sum<T>, WIDTH> affine;
     Sum<T> variance[WIDTH];
     load_vector(affine.center, mean, column, Sum<T>(0));
     load_vector(variance, var, column, Sum<T>(0));
     if (var != nullptr) {
-        const Statistics<Sum<T>, P> statistics{kept_mean, inv_std, running_mean, running_var, momentum};
+        const Statistics<Sum<T>, P> statistics{kept_mean, inv_std, running_mean, running_var, batches, momentum};
         normalize(affine, variance, weight, bias, eps, statistics, column);
     } else {
         load_vector(affine.scale, weight, column, Sum<T>(1));
@@ -163,8 +164,8 @@ batch_norm_apply(const T* x, const T* residual, T* out, unsigned char* passed, c
 template <typename T, typename P, int WIDTH, bool RESIDUAL>
 __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_whole(const T* x, const T* residual, T* out, unsigned char* passed, Sum<T>* mean, const P* weight,
-                 const P* bias, Sum<T>* inv_std, P* running_mean, P* running_var, long long rows, long long channels,
-                 double eps, double momentum, long long relu) {
+                 const P* bias, Sum<T>* inv_std, P* running_mean, P* running_var, long long* batches, long long rows,
+                 long long channels, double eps, double momentum, long long relu) {
     __shared__ Moments<Sum<T>> shared[WIDTH][THREADS];
     const Column<WIDTH> column(rows, channels);
     Moments<Sum<T>> moments[WIDTH];
@@ -178,7 +179,7 @@ batch_norm_whole(const T* x, const T* residual, T* out, unsigned char* passed, S
         affine.center[i] += moments[i].mean;
         variance[i] = moments[i].squares / moments[i].count;
     }
-    const Statistics<Sum<T>, P> statistics{mean, inv_std, running_mean, running_var, momentum};
+    const Statistics<Sum<T>, P> statistics{mean, inv_std, running_mean, running_var, batches, momentum};
     normalize(affine, variance, weight, bias, eps, statistics, column);
     apply_affine<RESIDUAL>(affine, x, residual, out, passed, relu != 0, column);
 }

@@ -152,13 +152,15 @@ struct Affine {
     DEVICE S of(S x, int i) const { return fma(x - center[i], scale[i], shift[i]); }
 };
 
-// What training keeps of a batch, and the running statistics that it moves, (channels,). All but inv_std may be null.
+// What training keeps of a batch, and the running statistics that it moves, (channels,), beside the number of
+// batches. All but inv_std may be null.
 template <typename S, typename P>
 struct Statistics {
     S* mean;
     S* inv_std;
     P* running_mean;
     P* running_var;
+    long long* batches;
     double momentum;
 
     DEVICE void store(int channel, S batch_mean, S batch_var, S batch_inv_std, long long rows) const {
@@ -167,6 +169,7 @@ struct Statistics {
         const S correction = S(rows) / S(rows > 1 ? rows - 1 : 1);  // the unbiased variance
         if (running_mean != nullptr) move(running_mean[channel], batch_mean);
         if (running_var != nullptr) move(running_var[channel], batch_var * correction);
+        if (batches != nullptr && channel == 0) ++*batches;
     }
 
     DEVICE void move(P& running, S found) const {

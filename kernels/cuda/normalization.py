@@ -7,6 +7,7 @@ do not fit. Blocks stand side by side over the packs and share the rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from gradengine.devices import array_module
 from gradengine.kernels.cuda.launch import Kernel, c_name, device_limits, kernel
 from gradengine.kernels.cuda.layout import PACK_BYTES, channels_last, is_aligned
+from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc
 
 # As in normalization.cu: threads of a block, and rows whose loads a thread has under way at once, of
@@ -72,13 +74,16 @@ def batch_norm_act(
     running_mean: Array | None,
     running_var: Array | None,
     momentum: float,
+    batches: Array | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     xp, dtype = array_module(x), sum_dtype(x.dtype)
     pixels, added = aligned_pixels(x), None if residual is None else aligned_pixels(residual)
     rows, channels, width = sizes_of(pixels)
-    out, inv_std = xp.empty_like(pixels), xp.empty(channels, dtype)
+    out, inv_std = xp.empty(pixels.shape, x.dtype), xp.empty(channels, dtype)
     if not out.size:
         inv_std[...] = eps**-0.5
+        if batches is not None:
+            batches += 1
         return from_nhwc(out), xp.zeros(channels, dtype), inv_std, None
     passed = xp.empty((rows, channels // width), np.uint8) if relu else None
     vectors: list[Any] = [dense(one) for one in (weight, bias, running_mean, running_var)]
@@ -94,7 +99,7 @@ def batch_norm_act(
         )
         sizes = row_launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
     arguments = (
-        *(pixels, added, out, passed, *found, mean, *vectors[:2], inv_std, *vectors[2:]),
+        *(pixels, added, out, passed, *found, mean, *vectors[:2], inv_std, *vectors[2:], batches),
         *(rows, channels, float(eps), float(momentum), int(relu)),
     )
     run(*sizes, arguments)
@@ -141,14 +146,14 @@ def batch_norm_act_grad(
     rows, channels, width = sizes_of(pixels)
     vector_dtype = mean.dtype if weight is None else weight.dtype
     by_weight, by_bias = xp.empty(channels, vector_dtype), xp.empty(channels, vector_dtype)
-    grad_x, behind_relu = xp.empty_like(pixels), grads
+    grad_x, behind_relu = xp.empty(pixels.shape, x.dtype), grads
     if not grad_x.size:
         by_weight[...], by_bias[...] = 0, 0
         return from_nhwc(grad_x), by_weight, by_bias, from_nhwc(grads) if wants_residual else None
     if relu:
         _check_passed(passed, rows, channels // width)
     if relu and wants_residual:
-        behind_relu = xp.empty_like(pixels)
+        behind_relu = xp.empty(pixels.shape, x.dtype)
     gated = None if behind_relu is grads else behind_relu
     weight, mean, inv_std = dense(weight), dense(mean, dtype), dense(inv_std, dtype)
     if rows <= WHOLE_ROWS:
@@ -210,13 +215,13 @@ def _check_passed(passed: Array | None, rows: int, packs: int) -> None:
 def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:
     pixels, added = aligned_pixels(x), None if residual is None else aligned_pixels(residual)
     rows, channels, width = sizes_of(pixels)
-    out = array_module(x).empty_like(pixels)
+    out = array_module(x).empty(pixels.shape, x.dtype)
     if out.size:
         vectors = [dense(scale), dense(shift)]
         run = normalization_kernel(
             "apply", x.dtype, vectors, c_name(sum_dtype(x.dtype)), width, added is not None
         )
-        moments, running = (None, None, None), (None, None)  # the affine map is given
+        moments, running = (None, None, None), (None, None, None)  # the affine map is given
         arguments = (pixels, added, out, None, *moments, *vectors, None, *running)
         sizes = row_launch(pixels, ROWS_AT_ONCE if added is None else PAIRS_AT_ONCE)
         run(*sizes, (*arguments, rows, channels, 0.0, 0.0, int(relu)))
@@ -245,9 +250,10 @@ def dense(vector: Array | None, dtype: np.dtype | None = None) -> Array | None:
     """Give a vector, in a dtype, where packs can be read; itself where it is so already."""
     if vector is None:
         return None
-    dtype = vector.dtype if dtype is None else dtype
-    fits = vector.dtype == dtype and vector.flags.c_contiguous and is_aligned(vector)
-    return vector if fits else vector.astype(dtype, order="C")
+    known = dtype is None or vector.dtype == dtype
+    if known and vector.flags.c_contiguous and is_aligned(vector):
+        return vector
+    return vector.astype(vector.dtype if dtype is None else dtype, order="C")
 
 
 def normalization_kernel(
@@ -258,21 +264,34 @@ def normalization_kernel(
     source: str = SOURCE,
 ) -> Kernel:
     """Give an instantiation for elements of dtype, vectors of theirs, which may be None, and more."""
-    vector_dtype = next((one.dtype for one in vectors if one is not None), sum_dtype(dtype))
-    types = ", ".join(
-        str(one).lower() for one in (c_name(dtype), c_name(vector_dtype), *parameters)
-    )
-    return kernel(source, f"batch_norm_{name}<{types}>")
+    vector_dtype = sum_dtype(dtype)
+    for vector in vectors:
+        if vector is not None:
+            vector_dtype = vector.dtype
+            break
+    return kernel(source, _instance(name, dtype, vector_dtype, *parameters))
+
+
+@cache
+def _instance(name: str, dtype: np.dtype, vector_dtype: np.dtype, *parameters: Any) -> str:
+    types = (c_name(dtype), c_name(vector_dtype), *parameters)
+    return f"batch_norm_{name}<{', '.join(str(one).lower() for one in types)}>"
 
 
 def row_launch(pixels: Array, at_once: int) -> tuple[Shape, Shape]:
     """Give grid and block: no more blocks than the device can hold, and equal shares of the rows."""
-    rows, channels, width = sizes_of(pixels)
+    return _row_launch(*sizes_of(pixels), at_once, device_limits().multiprocessors)
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def _row_launch(
+    rows: int, channels: int, width: int, at_once: int, multiprocessors: int
+) -> tuple[Shape, Shape]:
     packs = channels // width
     lanes = min(MOST_LANES, power_of_two(packs))
     columns = -(-packs // lanes)
     tiles = -(-rows // (THREADS // lanes * at_once))
-    most = max(device_limits().multiprocessors * _resident(width) // columns, 1)
+    most = max(multiprocessors * _resident(width) // columns, 1)
     shares = -(-tiles // most)
     return (columns, -(-tiles // shares)), (lanes, THREADS // lanes)
 

@@ -107,13 +107,14 @@ template <typename T, typename P, typename Moment, int WIDTH>
 __global__ void __launch_bounds__(WINDOW_THREADS, WINDOW_BLOCKS)
 batch_norm_max_pool(const T* x, T* out, T* peaks, unsigned char* taps, const Moment* mean, const Moment* var,
                     Sum<T>* kept_mean, const P* weight, const P* bias, Sum<T>* inv_std, P* running_mean,
-                    P* running_var, Images images, long long channels, double eps, double momentum) {
+                    P* running_var, long long* batches, Images images, long long channels, double eps,
+                    double momentum) {
     const Column<WIDTH> column(images.pixels(), channels);
     Affine<Sum<T>, WIDTH> affine;
     Sum<T> variance[WIDTH];
     load_vector(affine.center, mean, column, Sum<T>(0));
     load_vector(variance, var, column, Sum<T>(0));
-    const Statistics<Sum<T>, P> statistics{kept_mean, inv_std, running_mean, running_var, momentum};
+    const Statistics<Sum<T>, P> statistics{kept_mean, inv_std, running_mean, running_var, batches, momentum};
     normalize(affine, variance, weight, bias, eps, statistics, column);
     for_each_window<true>(images, column, [&](int image, int p, int q) {
         Peak<T, WIDTH> peak;

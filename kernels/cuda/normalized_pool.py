@@ -6,13 +6,14 @@ Other pools, and empty batches, are left to the kernels of their families, one a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels.cuda.activation import relu_grad
-from gradengine.kernels.cuda.launch import c_name, device_limits
+from gradengine.kernels.cuda.launch import by_value, c_name, device_limits
 from gradengine.kernels.cuda.normalization import (
     MOST_LANES,
     PAIRS_AT_ONCE,
@@ -31,6 +32,7 @@ from gradengine.kernels.cuda.normalization import (
     write_back,
 )
 from gradengine.kernels.cuda.pooling import max_pool2d, max_pool2d_scatter
+from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc
 
 if TYPE_CHECKING:
@@ -76,11 +78,12 @@ def batch_norm_relu_max_pool(
     running_mean: Array | None,
     running_var: Array | None,
     momentum: float,
+    batches: Array | None = None,
 ) -> tuple[Array, Array, Array, Array, Array | None]:
     running = (running_mean, running_var)
     if not _is_one_pass(geometry):
         normalized, mean, inv_std, _ = batch_norm_act(
-            x, weight, bias, None, True, eps, moments, *running, momentum
+            x, weight, bias, None, True, eps, moments, *running, momentum, batches
         )
         out, indices = max_pool2d(normalized, geometry)
         return out, mean, inv_std, indices, None
@@ -96,7 +99,7 @@ def batch_norm_relu_max_pool(
     types = (c_name(found[0].dtype), width)
     run = normalization_kernel("max_pool", x.dtype, vectors, *types, source=SOURCE)
     arguments = (
-        *(pixels, out, peaks, taps, *found, mean, *vectors[:2], inv_std, *vectors[2:]),
+        *(pixels, out, peaks, taps, *found, mean, *vectors[:2], inv_std, *vectors[2:], batches),
         *(_images(geometry), channels, float(eps), float(momentum)),
     )
     run(*_window_launch(geometry, width), arguments)
@@ -125,7 +128,7 @@ def batch_norm_relu_max_pool_grad(
     rows, channels, width = sizes_of(grads)
     vector_dtype = mean.dtype if weight is None else weight.dtype
     by_weight, by_bias = xp.empty(channels, vector_dtype), xp.empty(channels, vector_dtype)
-    grad_x = xp.empty_like(pixels)
+    grad_x = xp.empty(pixels.shape, x.dtype)
     weight, bias, mean, inv_std = (
         dense(weight),
         dense(bias),
@@ -169,10 +172,11 @@ def _is_one_pass(geometry: Pool2dGeometry) -> bool:
     )
 
 
+@lru_cache(CACHED_GEOMETRIES)
 def _images(geometry: Pool2dGeometry) -> np.ndarray:
     """Give the sizes as the kernels' struct Images."""
     sizes = (geometry.batch, geometry.height, geometry.width)
-    return np.array((*sizes, geometry.out_height, geometry.out_width), _IMAGES)
+    return by_value(np.array((*sizes, geometry.out_height, geometry.out_width), _IMAGES))
 
 
 def _window_launch(geometry: Pool2dGeometry, width: int) -> tuple[Shape, Shape]:
