@@ -45,17 +45,18 @@ class CupyRuntime:
     """The devices that CuPy drives."""
 
     @cached_property
-    def device(self) -> Callable[[], int]:
-        """CuPy's function: every launch asks for the device."""
+    def _cupy(self) -> Any:
+        """CuPy's module of the CUDA runtime: imported once, every launch asks for the device."""
         from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]
 
-        return runtime.getDevice
+        return runtime
+
+    def device(self) -> int:
+        return self._cupy.getDevice()
 
     @cache  # noqa: B019 - there is one runtime
     def limits(self, device: int) -> Limits:
-        from cupy.cuda import runtime  # pyright: ignore[reportMissingImports]
-
-        properties = runtime.getDeviceProperties(device)
+        properties = self._cupy.getDeviceProperties(device)
         return Limits(
             10 * properties["major"] + properties["minor"],
             properties["multiProcessorCount"],
