@@ -3,12 +3,14 @@
     python benchmarks/gpu_profile.py --precision bf16 --batch 256          # kernels of this package
     python benchmarks/gpu_profile.py --precision bf16 --batch 256 --all    # also CuPy's and cuBLAS's
     python benchmarks/gpu_profile.py --precision bf16 --library torch      # PyTorch's, to compare
+    python benchmarks/gpu_profile.py --host                                # Python's part, of 32 images
     python benchmarks/gpu_profile.py --once                                # the step alone, for ncu
 
 Without --all, events around every launch of this package's kernels time them, with their grids and the
 bytes of the arrays that they were given: a kernel that reads and writes each of them once runs at
 that bandwidth. What CuPy and cuBLAS launch is in the rest. --all, and PyTorch's step, ask PyTorch's
-profiler, which sees all kernels, also those of a captured step (--captured).
+profiler, which sees all kernels, also those of a captured step (--captured). --host asks Python's
+profiler instead, in both precisions, and times the calls of CuPy that steps are made of.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.gpu_device import Cuda, Device, Rehearsal, Run, import_torch
+from benchmarks.gpu_host import host_report
 from benchmarks.gpu_process import kernel_times
 from benchmarks.gpu_steps import CAPTURED, EAGER, KINDS, Contestant, Workload
 from benchmarks.report import quantity
@@ -160,20 +163,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("gpu_profile", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--kind", choices=list(KINDS), default="training")
-    add("--batch", type=int, default=256)
+    add("--batch", type=int, help="images: 256, with --host 32 unless given")
     add("--precision", choices=("tf32", "bf16"), default="bf16")
     add("--library", choices=("gradengine", "torch"), default="gradengine")
     add("--layout", choices=("nhwc", "nchw"), default="nhwc", help="of PyTorch's tensors")
     add("--captured", action="store_true", help="the step as a CUDA graph; wants --all")
     add("--all", action="store_true", help="all kernels, by PyTorch's profiler")
     add("--longest", type=int, default=40, help="how many kernels to list")
+    add("--host", action="store_true", help="the functions of Python, and what CuPy's calls take")
     add("--once", action="store_true", help="only run the step three times")
     add("--rehearse", action="store_true", help="run the code without a GPU")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.batch = options.batch or (32 if options.host else 256)
+    options.pixels = 32 if options.rehearse else 224
+    return options
 
 
 def contestant(device: Device, options: argparse.Namespace) -> Contestant:
-    work = Workload(device, options.kind, options.batch, 32 if options.rehearse else 224)
+    work = Workload(device, options.kind, options.batch, options.pixels)
     if options.library == "torch":
         peer = CAPTURED if options.captured else EAGER
         return work.theirs(options.layout, options.precision, peer)
@@ -188,6 +195,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_profile: CUDA is not usable: {reason}", file=sys.stderr)
         return 2
     device = (Rehearsal if options.rehearse else Cuda)(import_torch())
+    if options.host:
+        for line in host_report(device, options.batch, options.pixels, options.longest):
+            print(line, flush=True)
+        return 0
     chosen = contestant(device, options)
     run, first, memory = device.watch_memory(chosen.make)
     if options.once:

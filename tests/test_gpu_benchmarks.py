@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_device, gpu_profile, gpu_report
+from benchmarks import gpu, gpu_device, gpu_host, gpu_profile, gpu_report
 from benchmarks.gpu_device import Memory, Rehearsal, Turn
 from benchmarks.gpu_race import BudgetSpentError, Contestant, Row, measure
 from gradengine.kernels import settings
@@ -563,3 +563,15 @@ def test_the_profile_runs_a_step_and_prints_its_kernels(capsys):
     assert "PyTorch nhwc bf16, forward, batch 2: 1.00 ms a step" in out
     assert "conv" in out
     assert "ncu --clock-control none" in out
+
+
+def test_the_profile_of_the_host_times_calls_and_prints_functions(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_host, "STEPS", 1)
+    monkeypatch.setattr(gpu_host, "CALLS", 1)
+    assert gpu_profile.main(["--rehearse", "--host", "--batch", "2", "--longest", "5"]) == 0
+    out = capsys.readouterr().out
+    assert " us  array.transpose(0, 3, 1, 2)" in out or " ns  array.transpose(0, 3, 1, 2)" in out
+    for precision in ("bf16", "tf32"):
+        assert f"gradengine {precision}, batch 2: the host queues a step in" in out
+    assert out.count("Ordered by: internal time") == out.count("Ordered by: cumulative time") == 2
+    assert "(backward)" in out
