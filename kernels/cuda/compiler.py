@@ -53,7 +53,9 @@ def compile_program(source: str, names: Sequence[str], architecture: str) -> Pro
             log = nvrtc.getProgramLog(program)
             raise RuntimeError(f"{source} does not compile for {architecture}: {log}") from error
         symbols = {name: nvrtc.getLoweredName(program, name) for name in names}
-        return Program(nvrtc.getCUBIN(program), symbols, nvrtc.getProgramLog(program))
+        # CuPy takes the last byte, a zero of the ELF file's table, for the end of a string
+        cubin = nvrtc.getCUBIN(program) + b"\0"
+        return Program(cubin, symbols, nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
 

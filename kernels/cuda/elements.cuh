@@ -19,12 +19,7 @@ template <typename T> DEVICE T from_float(typename Accumulator<T>::type x) { ret
 
 template <> DEVICE float16 from_float<float16>(float x) { return {float_to_float16_bits(x)}; }
 
-template <> DEVICE bfloat16 from_float<bfloat16>(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    const uint32_t quiet_nan = bits >> 16 | 0x40u;  // rounding could turn a NaN into infinity
-    return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded >> 16)};
-}
+template <> DEVICE bfloat16 from_float<bfloat16>(float x) { return {float_to_bfloat16_bits(x)}; }
 
 // COUNT neighbours in memory, loaded and stored by one access where they fill 2 to 16 bytes.
 template <typename T, int COUNT>

@@ -16,6 +16,8 @@ DEVICE float float16_bits_to_float(uint16_t bits) { return emulator::float16_bit
 
 DEVICE uint16_t float_to_float16_bits(float value) { return emulator::float_to_float16_bits(value); }
 
+DEVICE uint16_t float_to_bfloat16_bits(float value) { return emulator::float_to_bfloat16_bits(value); }
+
 template <int BYTES, bool REUSED = false>
 DEVICE void copy_async(void* destination, const void* source, bool valid,
                        EmulatorSite site = EmulatorSite::here()) {

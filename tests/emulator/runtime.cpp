@@ -888,6 +888,12 @@ uint16_t float_to_float16_bits(float value) {
     return sign | uint16_t((rounded - 0x38000000u) >> 13);
 }
 
+uint16_t float_to_bfloat16_bits(float value) {
+    const uint32_t bits = as_bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 uint32_t shared_address(const void* pointer) {
     return uint32_t(static_cast<const unsigned char*>(pointer) - dynamic_shared) + SHARED_ALIGNMENT;
 }

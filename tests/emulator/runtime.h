@@ -68,6 +68,7 @@ void wait_products(int pending, Site site);
 
 float float16_bits_to_float(uint16_t bits);
 uint16_t float_to_float16_bits(float value);
+uint16_t float_to_bfloat16_bits(float value);
 
 uint32_t shared_address(const void* pointer);
 
