@@ -17,7 +17,7 @@ from gradengine.dtypes import is_floating_point
 from gradengine.grad_mode import grad_mode, no_grad
 from gradengine.in_place import check_recorded_write, is_recorded, take_over
 from gradengine.operation import cast, sum_to_shape
-from gradengine.tape import Node, RemovableHandle, Variable
+from gradengine.tape import Node, RemovableHandle, Variable, View
 from gradengine.tape import _unpack as unpack
 
 
@@ -427,12 +427,23 @@ def _saved(call: Call, outputs: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(saved)
 
 
+_VIEW_OF_FUNCTION = (
+    "this view was created inside a custom Function (or because an input was returned as-is), and a write "
+    "would override the Function's backward: write to a clone() of the Function's result"
+)
+
+
 def _on_tape(result: Any, args: Sequence[Any], node: Node) -> Any:
     """Return a result of forward with its node: the same object, unless it has another place already."""
     if result.node is not None or _is_any(result, args):
         alias = Variable.Result(result.array)
-        alias._counter = result.version()
+        alias._counter = version = result.version()
+        base = result if result._base is None else result._base
+        alias._view = View(base, None, _VIEW_OF_FUNCTION)
+        version.log.add_view(alias)
         result = alias
+    elif result._view is not None:
+        result._view.restriction = _VIEW_OF_FUNCTION
     result.node = node
     return result
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Self
 
 from gradengine.grad_mode import no_grad
-from gradengine.nn import backward_hook, state
-from gradengine.tape import RemovableHandle
+from gradengine.nn import state
+from gradengine.nn.hooks import HookedModule
 from gradengine.tensor import Parameter, Tensor
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
-class Module:
+class Module(HookedModule):
     """A function with parameters: subclass it, assign parameters and modules, define `forward`.
 
     Attributes that are a `Parameter` or a `Module` are registered by their name, as in PyTorch;
@@ -48,56 +48,6 @@ class Module:
         if self._forward_pre_hooks or self._forward_hooks or self._backward_hooks:
             return self._call_with_hooks(args, kwargs)
         return self.forward(*args, **kwargs)
-
-    def _call_with_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for hook, with_kwargs in list(self._forward_pre_hooks.values()):
-            changed = hook(self, args, kwargs) if with_kwargs else hook(self, args)
-            if changed is None:
-                continue
-            if with_kwargs:
-                args, kwargs = _checked_pair(changed)
-            else:
-                args = changed if isinstance(changed, tuple) else (changed,)
-        boundary = None
-        if self._backward_hooks:
-            boundary = backward_hook.Boundary(self, list(self._backward_hooks.values()), len(args))
-            args = boundary.enter(args)
-        output = self.forward(*args, **kwargs)
-        for hook, with_kwargs in list(self._forward_hooks.values()):
-            given = (self, args, kwargs, output) if with_kwargs else (self, args, output)
-            changed = hook(*given)
-            output = output if changed is None else changed
-        return output if boundary is None else boundary.leave(output)
-
-    # -- hooks
-
-    def register_forward_pre_hook(
-        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-    ) -> RemovableHandle:
-        """Call `hook(module, args)` before every `forward`; what it returns replaces args.
-
-        With `with_kwargs` it is `hook(module, args, kwargs)`, and returns None or (args, kwargs).
-        """
-        return _register(self._forward_pre_hooks, (hook, with_kwargs), prepend)
-
-    def register_forward_hook(
-        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-    ) -> RemovableHandle:
-        """Call `hook(module, args, output)` after every `forward`; what it returns replaces output.
-
-        With `with_kwargs` it is `hook(module, args, kwargs, output)`.
-        """
-        return _register(self._forward_hooks, (hook, with_kwargs), prepend)
-
-    def register_full_backward_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """Call `hook(module, grad_input, grad_output)` once the gradients by the inputs are known.
-
-        Both are tuples: one place for each positional argument and for each output, None where no
-        gradient is wanted. A tuple (or one tensor) that the hook returns replaces grad_input.
-        """
-        return _register(self._backward_hooks, hook, prepend)
 
     # -- attributes
 
@@ -318,8 +268,8 @@ class Module:
         """Copy tensors or arrays by name into parameters and buffers, whose dtype and device stay.
 
         All is checked first: after a RuntimeError, which lists every missing or unexpected key (if
-        `strict`) and every mismatched shape (always), nothing has changed. With `assign` the given
-        memory is taken over as it is, not copied.
+        `strict`) and every mismatched shape (always), nothing has changed; but where hooks run after
+        loading, keys are only judged then. With `assign` the given memory is taken over, not copied.
         """
         return state.load(self, state_dict, strict, assign)
 
@@ -458,24 +408,6 @@ class Module:
             return f"{type(self).__name__}({extra})"
         lines = [extra, *children] if extra else children
         return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
-
-
-def _register(hooks: OrderedDict[int, Any], entry: Any, prepend: bool) -> RemovableHandle:
-    handle = RemovableHandle(hooks, entry)
-    if prepend:
-        hooks.move_to_end(next(reversed(hooks)), last=False)
-    return handle
-
-
-def _checked_pair(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    pair = isinstance(changed, tuple) and len(changed) == 2
-    if not pair or not isinstance(changed[1], dict):
-        raise RuntimeError(
-            "forward pre-hook: with_kwargs hooks must return None or a tuple (args, kwargs); "
-            f"got {changed!r}"
-        )
-    args, kwargs = changed
-    return (args if isinstance(args, tuple) else (args,)), kwargs
 
 
 def _refuse_kind(value: Any, kind: str, name: str, expected: str) -> NoReturn:

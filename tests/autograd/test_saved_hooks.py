@@ -482,6 +482,55 @@ def test_every_kind_of_operation_gives_the_same_gradients_with_packed_values():
         assert gradients() == expected
 
 
+def test_arrays_within_tuples_are_packed():
+    """Indices are saved in tuples, those of a write in a named one."""
+
+    def gradients():
+        x, w = ge.arange(12.0).reshape(3, 4).requires_grad_(), ge.ones(2, requires_grad=True)
+        y = x * 1
+        y[[0, 2], [1, 1]] = w * 3
+        z = (y[:, [0, 3]] * y[[2], 1:3]).sum() + y.max(1)[0].sum()
+        first = ge.autograd.grad(z, (x, w), create_graph=True)
+        second = ge.autograd.grad((first[0] ** 2).sum() + (first[1] ** 2).sum(), (x, w))
+        return [grad.tolist() for grad in (*first, *second)]
+
+    expected = gradients()
+    kinds = []
+    with graph.saved_tensors_hooks(lambda t: kinds.append(t.dtype.kind) or t.detach(), lambda t: t):
+        assert gradients() == expected
+    assert kinds.count("i") > 5
+
+
+def test_arrays_stay_arrays_when_the_walk_is_recorded():
+    x = ge.randn(2, 3, 4, 4, dtype="float64").requires_grad_()
+    condition = np.arange(4) > 1
+
+    def gradients():
+        y = F.max_pool2d(ge.where(condition, x, x * 2), 2, stride=1)
+        y = F.layer_norm(y * y, (3, 3)).exp()
+        (first,) = ge.autograd.grad(y.sum(), x, create_graph=True)
+        (second,) = ge.autograd.grad((first * first).sum(), x)
+        return first.detach().numpy(), second.numpy()
+
+    expected = gradients()
+    with graph.save_on_cpu():
+        found = gradients()
+    for grad, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            grad, other, atol=1e-8
+        )  # copies of expanded memory are added up apart
+
+
+def test_gradients_that_share_work_share_what_is_unpacked():
+    x, w, b = (ge.ones(*shape, requires_grad=True) for shape in ((5, 4), (4,), (4,)))
+    noted = Noted(ge)
+    with noted.block:
+        y = F.layer_norm(x, (4,), w, b)
+    y.sum().backward()
+    assert len(noted.shapes) > 2
+    assert noted.calls == ["pack"] * len(noted.shapes) + ["unpack"] * len(noted.shapes)
+
+
 def unpacked(packed):
     return ge.tensor(packed) if isinstance(packed, np.ndarray) else packed
 
