@@ -7,9 +7,9 @@
     python benchmarks/gpu.py --rehearse                                    # without a GPU, on tiny sizes
 
 Contestants of a row take turns; a time is the median of what events on the device say. Steps are timed
-as a program runs them, Python included; of kernels only the device's part counts. PyTorch has
-cudnn.benchmark on and TF32 allowed, as this package has; both start from the same weights and find
-their inputs on the device.
+as a program runs them, Python included; of kernels only the device's part counts. Both libraries
+choose among their convolutions by timing them (cudnn.benchmark, ge.backends.cuda.benchmark) and have
+TF32 allowed; both start from the same weights and find their inputs on the device.
 
 Rows come in the order of their importance, and each is in the file of results as soon as it is
 measured: when --seconds are over, the others are listed as not measured. What fails is left out of

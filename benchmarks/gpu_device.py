@@ -22,6 +22,7 @@ import numpy as np
 
 import gradengine as ge
 from gradengine.devices import cuda_version
+from gradengine.kernels import settings
 
 Run = Callable[[], Any]
 ROOT = Path(__file__).parents[1]
@@ -248,6 +249,7 @@ class Cuda(Device):
         self._spin = cupy.RawKernel(SPIN, "spin")
         kilohertz = cupy.cuda.Device().attributes.get("ClockRate", 2_000_000)
         self._cycles = 1e3 * kilohertz  # a second
+        settings.cuda.benchmark = True
         if torch is not None:
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")

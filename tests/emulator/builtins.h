@@ -142,6 +142,12 @@ template <typename T> struct Same { typedef T type; };
 template <typename T> using Argument = typename Same<T>::type;  // converts, and deduces nothing
 }  // namespace emulator
 
+// Cycles of an emulated multiprocessor: looking at the clock takes one.
+inline long long clock64() {
+    static thread_local long long cycles = 0;
+    return ++cycles;
+}
+
 template <typename T> __forceinline__ T atomicAdd(T* pointer, emulator::Argument<T> value) {
     return emulator::exchange(pointer, [=](T old) { return T(old + value); });
 }

@@ -1,5 +1,7 @@
 """Tiles that are timed: each is tried once for a shape, and the fastest serves from then on."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,17 @@ def test_a_step_that_is_captured_takes_what_is_known(clock, rng, monkeypatch):
     monkeypatch.setattr(capture, "current", object)
     convolve(rng)
     assert clock[1] == []
+
+
+def test_the_device_is_held_for_a_while(emulated_cuda):
+    launch.kernel("tuning.cu", "hold")((1,), (32,), (1000,))
+    assert emulated_cuda.statistics()["blocks"] == 1
+
+
+@pytest.mark.gpu
+def test_the_time_of_the_host_does_not_count():
+    launch.runtime.seconds(lambda: None)  # compiles
+    assert min(launch.runtime.seconds(lambda: time.sleep(1e-4)) for _ in range(5)) < 5e-5
 
 
 def test_the_emulator_tells_time(emulated_cuda):
