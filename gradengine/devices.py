@@ -305,10 +305,16 @@ def to_device(array: Any, device: str | int | Device | None) -> Any:
     source = device_of(array)
     if target == source:
         return array
-    # Transfers make C-contiguous copies. Moving the axes into memory order around the copy keeps
-    # channels-last arrays channels-last.
+    return _in_order_of_memory(lambda array: _copy_across(array, source, target), array)
+
+
+def _in_order_of_memory(copied: Callable[[Any], Any], array: Any) -> Any:
+    """Return a copy in the same axis order: transfers make C-contiguous ones.
+
+    Moving the axes into memory order around the copy keeps channels-last arrays channels-last.
+    """
     order = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
-    copy = _copy_across(array.transpose(order), source, target)
+    copy = copied(array.transpose(order))
     return copy.transpose(sorted(range(array.ndim), key=order.__getitem__))
 
 
@@ -322,15 +328,19 @@ def _copy_across(array: Any, source: Device, target: Device) -> Any:
 
 
 def to_pinned(array: Any) -> np.ndarray:
-    """Return a copy, C-contiguous, of an array on a GPU in page-locked memory of the CPU. Waits for the GPU.
+    """Return a copy of an array on a GPU in page-locked memory of the CPU. Waits for the GPU.
 
     Such memory is copied from and to a GPU faster, and is not available to anything else.
     """
     cupy = import_cupy()
-    with array.device:
+
+    def copied(array: Any) -> Any:
         memory = cupy.cuda.alloc_pinned_memory(max(array.nbytes, 1))
         copy = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
         return array.get(out=copy)
+
+    with array.device:
+        return _in_order_of_memory(copied, array)
 
 
 def synchronize(device: str | int | Device | None = None) -> None:

@@ -15,6 +15,7 @@ import itertools
 import operator
 import re
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -501,12 +502,14 @@ def accumulate_gradients(
     if inputs is None:
         _walk(seeds, retain_graph, create_graph, None, True)
         return
-    targets = [inputs] if isinstance(inputs, Variable) else list(inputs)
+    targets = [inputs] if hasattr(inputs, "node") else list(inputs)
     if not targets:
         raise RuntimeError("backward: inputs argument to backward() cannot be empty")
     captured = _walk(seeds, retain_graph, create_graph, _nodes_of(targets, "backward"), True)
     for target in targets:
-        if target.node in captured and not target.retains_grad:
+        if not isinstance(target, Variable) or target.retains_grad:
+            continue  # the graph's place of a tensor, which has no grad; or it was added to on the way
+        if target.node in captured:
             _accumulate(target, captured.pop(target.node), create_graph)
 
 
@@ -568,6 +571,30 @@ def _seeds(tensors: Sequence[Any], gradients: Sequence[Any], create_graph: bool)
     return seeds
 
 
+class Walk:
+    """A walk that is under way in this thread, from its roots, and what hooks note until it ends."""
+
+    __slots__ = ("_outer", "needed", "notes", "roots")
+
+    def __init__(self, roots: Iterable[Node], needed: set[Node] | None) -> None:
+        self.roots = tuple(roots)
+        self.needed = needed
+        self.notes: dict[Any, Any] = {}
+
+    def __enter__(self) -> None:
+        self._outer = walks.innermost
+        walks.innermost = self
+
+    def __exit__(self, *_: object) -> None:
+        walks.innermost = self._outer
+
+
+class _Walks(threading.local):
+    innermost: Walk | None = None
+
+
+walks = _Walks()
+
 # What takes the place of `_pull` in walks that start: anomaly mode's, while that is on.
 pull_instead: Callable[..., None] | None = None
 
@@ -593,7 +620,8 @@ def _walk(
     # Gradients have the dtypes that forward chose, also in a backward under autocast.
     first = next(iter(gradients.values()), None)
     place = devices.on_device_of(first.array if isinstance(first, Variable) else first)
-    with place, set_grad_enabled(create_graph), autocast("cuda", enabled=False):
+    walk, precision = Walk(gradients, needed), autocast("cuda", enabled=False)
+    with walk, place, set_grad_enabled(create_graph), precision:
         while heap:
             node = heapq.heappop(heap)[1]
             hooks = node.hooks

@@ -63,10 +63,19 @@ def _as_tuple(name: str, value: Any, count: int | None = None) -> tuple[Any, ...
     """Return one tensor, several, or None (for `count` of them) as a tuple."""
     if value is None:
         return (None,) * (count or 0)
-    values = (value,) if isinstance(value, Tensor) else tuple(value)
+    values = (value,) if isinstance(value, (Tensor, graph.GradientEdge)) else tuple(value)
     if count is not None and len(values) != count:
         raise RuntimeError(f"{name}: got {count} tensors and {len(values)} gradients")
     return values
+
+
+def _as_outputs(tensors: tuple[Any, ...], gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        [
+            x.as_output(gradient) if isinstance(x, graph.GradientEdge) else x
+            for x, gradient in zip(tensors, gradients, strict=True)
+        ]
+    )
 
 
 def backward(
@@ -82,6 +91,7 @@ def backward(
     """
     tensors = _as_tuple("backward", tensors)
     seeds = _as_tuple("backward", grad_tensors, len(tensors))
+    tensors = _as_outputs(tensors, seeds)
     accumulate_gradients(tensors, seeds, retain_graph, create_graph, inputs)
 
 
@@ -96,17 +106,23 @@ def grad(
 ) -> tuple[Any, ...]:
     """Return the gradient of `outputs` by each of `inputs`, as a tuple; no tensor's `grad` is touched.
 
-    `grad_outputs` weighs the outputs' elements (needed where an output has more than one).
+    `grad_outputs` weighs the outputs' elements (needed where an output has more than one). A
+    `graph.GradientEdge` may stand for an output or an input.
     An input that the outputs do not depend on raises RuntimeError, or gives None with `allow_unused`, or
     zeros with `materialize_grads`.
     """
     outputs, inputs = _as_tuple("grad", outputs), _as_tuple("grad", inputs)
     seeds = _as_tuple("grad", grad_outputs, len(outputs))
+    outputs = _as_outputs(outputs, seeds)
     found = gradients_of(outputs, inputs, seeds, retain_graph, create_graph)
     for position, (gradient, tensor) in enumerate(zip(found, inputs, strict=True)):
         if gradient is not None:
             continue
         if materialize_grads:
+            if isinstance(tensor, graph.GradientEdge):
+                raise RuntimeError(
+                    "grad: materialize_grads cannot be used when the given input is a GradientEdge"
+                )
             found[position] = zeros_like(tensor)
         elif not allow_unused:
             raise RuntimeError(
