@@ -77,6 +77,7 @@ class Device:
     xp: Any = np
     torch: Any = None
     rounds = (3, 12)  # turns of each contestant: at least, even if they take too long; at most
+    blocks = (2, 2, 2, 2)  # of each stage of the network that steps train: ResNet-18's
 
     # -- arrays ------------------------------------------------------------------------------------
 
@@ -199,6 +200,7 @@ class Rehearsal(Device):
     """No GPU: runs happen on the CPU, as few as can be, and made-up numbers say what they took."""
 
     rounds = (1, 1)
+    blocks = (1, 1, 1, 1)
 
     def __init__(self, torch: Any = None) -> None:
         self.torch = torch

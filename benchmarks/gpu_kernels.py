@@ -432,7 +432,7 @@ def pass_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
         (sizes.batch, channels, sizes.pixels(size), sizes.pixels(size))
         for channels, size in ((64, 112), (64, 56), (256, 14), (512, 7))
     ]
-    rows = [_sgd_row(device)]
+    rows = [_sgd_row(device, sizes)]
     for backward in (False, True):
         for precision in ("bf16", "fp32"):
             for shape in shapes:
@@ -538,9 +538,9 @@ def _loss(device: Device, shape: Shape, backward: bool) -> Pass:
     )
 
 
-def _sgd_row(device: Device) -> Row:
+def _sgd_row(device: Device, sizes: Sizes) -> Row:
     """Parameter and velocity are read and written, the gradient is read."""
-    shapes = [tuple(p.shape) for p in resnet18().parameters()]
+    shapes = [tuple(map(sizes.length, p.shape)) for p in resnet18().parameters()]
 
     def stepper(library: Any, tensor: Callable[[Any], Any], **options: Any) -> Callable[[], Run]:
         def make() -> Run:

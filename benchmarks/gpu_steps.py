@@ -14,7 +14,7 @@ import numpy as np
 import gradengine as ge
 from benchmarks.gpu_device import Device, Run
 from benchmarks.gpu_race import STEP, Contestant, Row
-from gradengine.models import resnet18
+from gradengine.models.resnet import BasicBlock, ResNet
 
 # Of one image at 224 pixels: twice the multiply-adds of all convolutions and the last layer. Training
 # does each three times, but no gradient by the images is computed.
@@ -105,7 +105,8 @@ class Workload:
     @cached_property
     def state(self) -> dict[str, np.ndarray]:
         ge.manual_seed(0)
-        return {name: np.array(value.numpy()) for name, value in _model("cpu").state_dict().items()}
+        state = _model(self.device).state_dict()
+        return {name: np.array(value.numpy()) for name, value in state.items()}
 
     def images(self) -> Any:
         """Return images (N, 3, H, W), channels last in memory."""
@@ -121,7 +122,7 @@ class Workload:
         def make() -> Run:
             device = self.device
             device.fast_matmul()
-            model = _model(device.name)
+            model = _model(device).to(device.name)
             model.load_state_dict(
                 {name: ge.from_numpy(array) for name, array in self.state.items()}
             )
@@ -162,7 +163,7 @@ class Workload:
         from tests.models import torch_resnet
 
         torch = self.device.torch
-        model = torch_resnet.resnet(18)
+        model = torch_resnet.ResNet(torch_resnet.BasicBlock, self.device.blocks)
         model.load_state_dict({name: torch.tensor(array) for name, array in self.state.items()})
         layouts = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
         return model.to(self.device.name, memory_format=layouts[layout])
@@ -178,8 +179,9 @@ class Workload:
         return values
 
 
-def _model(device: str) -> Any:
-    return resnet18().to(device)
+def _model(device: Device) -> Any:
+    """Return the network, on the CPU."""
+    return ResNet(BasicBlock, device.blocks).to("cpu")
 
 
 def better_sgd(device: Device) -> dict[str, bool]:
@@ -198,7 +200,7 @@ def _time_sgd(device: Device) -> dict[str, bool]:
     for option in ("fused", "foreach"):
         parameters = [
             torch.zeros(tuple(p.shape), device=device.name, requires_grad=True)
-            for p in _model("cpu").parameters()
+            for p in _model(device).parameters()
         ]
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
