@@ -283,19 +283,22 @@ class Joint:
     def __init__(self, function: Callable[..., Any], wanted: tuple[bool, ...]) -> None:
         self._function = function
         self._wanted = wanted
-        self._grad: Any = None
-        self._shares: list[Any] = []
+        # The last incoming gradient with its shares; another thread may put its own here at any time.
+        self._last: tuple[Any, list[Any]] | None = None
 
     def has_share(self, position: int, grad: Any) -> bool:
         """Whether `share` would return what was computed before, without any saved value."""
-        return self._grad is grad and self._shares[position] is not None
+        last = self._last
+        return last is not None and last[0] is grad and last[1][position] is not None
 
     def share(self, position: int, grad: Any, *saved: Any) -> Any:
         """Return the gradient of the input at `position`, and forget it."""
-        if self._grad is not grad or self._shares[position] is None:
-            self._grad = grad
-            self._shares = list(self._function(grad, self._wanted, *saved))
-        share, self._shares[position] = self._shares[position], None
+        last = self._last
+        share = last[1][position] if last is not None and last[0] is grad else None
+        if last is None or share is None:
+            self._last = last = grad, list(self._function(grad, self._wanted, *saved))
+            share = last[1][position]
+        last[1][position] = None
         return share
 
 

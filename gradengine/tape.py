@@ -764,19 +764,24 @@ def _is_sole_owner(gradients: dict[Node, Any], node: Node) -> bool:
     return sys.getrefcount(gradients[node]) <= 2  # the dict, and getrefcount's argument
 
 
+# Held while a `grad` is added to: NumPy lets other threads run while it adds up large arrays.
+accumulation = threading.RLock()
+
+
 def _accumulate(tensor: Variable, grad: Any, create_graph: bool) -> None:
     """Add `grad` to `tensor.grad`: in place into the same object, except where the sum is recorded."""
-    note_grad(tensor, replaced=False)
-    previous = tensor._grad
-    if isinstance(grad, Variable):
-        tensor._grad = grad if previous is None else previous + grad
-    elif previous is None:
-        tensor._grad = Variable.Result(grad)
-    elif previous.requires_grad or create_graph:
-        tensor._grad = previous.detach() + grad
-    else:
-        previous.array += grad
-        previous.written()
+    with accumulation:
+        note_grad(tensor, replaced=False)
+        previous = tensor._grad
+        if isinstance(grad, Variable):
+            tensor._grad = grad if previous is None else previous + grad
+        elif previous is None:
+            tensor._grad = Variable.Result(grad)
+        elif previous.requires_grad or create_graph:
+            tensor._grad = previous.detach() + grad
+        else:
+            previous.array += grad
+            previous.written()
 
 
 def _refuse_freed(node: Node) -> NoReturn:

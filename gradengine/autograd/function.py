@@ -174,6 +174,9 @@ class _Bundle:
         return _Bundle(total)
 
 
+_MISSING: Any = object()
+
+
 class Call:
     """One call on the tape: runs backward once for each incoming gradient, and hands out the shares."""
 
@@ -189,19 +192,21 @@ class Call:
 
     def forget(self) -> None:
         """Let go of the last walk's gradients."""
-        self._grad: Any = None
-        self._shares: list[Any] = []
-        self._left: set[int] = set()
+        # The incoming gradient, and the shares that are still to be handed out, by position; another
+        # thread may put its own here at any time.
+        self._last: tuple[Any, dict[int, Any]] | None = None
 
     def share(self, position: int, grad: Any, *saved: Any) -> Any:
         """Return the gradient of the argument at `position`, or None."""
-        if self._grad is not grad or position not in self._left:
-            shares = self._run(grad, saved)
-            self._grad, self._shares = grad, shares
-            self._left = {i for i, wanted in enumerate(self.ctx.needs_input_grad) if wanted}
-        share, self._shares[position] = self._shares[position], None
-        self._left.discard(position)
-        if not self._left:
+        last = self._last
+        share = (
+            last[1].pop(position, _MISSING) if last is not None and last[0] is grad else _MISSING
+        )
+        if last is None or share is _MISSING:
+            wanted = zip(self.ctx.needs_input_grad, self._run(grad, saved), strict=True)
+            self._last = last = grad, {i: x for i, (needed, x) in enumerate(wanted) if needed}
+            share = last[1].pop(position)
+        if not last[1] and self._last is last:
             self.forget()
         return share
 

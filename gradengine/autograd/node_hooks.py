@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakSet
 
-from gradengine.tape import Node, Variable, _accumulate_at_leaf, _sum
+from gradengine.tape import Node, Variable, _accumulate_at_leaf, _sum, accumulation
 
 Gradients = tuple[
     Any, ...
@@ -59,7 +59,8 @@ class NodeHooks:
                 tensor = replacement
         holder = None if self.retained_by is None else self.retained_by()
         if holder is not None:
-            holder._grad = tensor if holder._grad is None else holder._grad + tensor
+            with accumulation:
+                holder._grad = tensor if holder._grad is None else holder._grad + tensor
         return tensor if isinstance(grad, Variable) else tensor.array
 
     def pull(
