@@ -167,7 +167,7 @@ DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint3
 }
 
 // ---- tensor cores of sm_90a: a warpgroup's four warps multiply together -----------------------------------
-// d = a * b + d, a 64 x 32 bytes of depth, b 32 bytes of depth x 64 or 128, d 64 x 64 or 128 in float32. Warp w of
+// d = a * b + d, a 64 x 32 bytes of depth, b 32 bytes of depth x N, d 64 x N in float32, N 64 or 128. Warp w of
 // the warpgroup (threads 128i to 128i + 127) has rows 16w to 16w + 15 of a and d; d[j] holds columns 8j to 8j + 7
 // as multiply_tf32's d holds its 8. The products run on their own: operands stay as they are, and d is not looked
 // at, until wait_products says so. All threads of a warpgroup take part in each of these.
@@ -201,8 +201,8 @@ DEVICE uint64_t warpgroup_operand_of_panels(const void* rows, int panel_bytes) {
 }
 
 // 16-bit elements contiguous across lines, but not in rows of 128 bytes: a column is 8 lines, it holds their 16 bytes at
-// one depth, then at the next, and it may start at any multiple of 16 bytes. Columns lie column_bytes apart. The
-// products of depths n on take the operand plus n, for any n.
+// one depth, then at the next, and it may start at any multiple of 16 bytes. Columns lie column_bytes apart, and may
+// overlap. The products of depths n on take the operand plus n, for any n.
 DEVICE uint64_t warpgroup_operand_of_columns(const void* first, int column_bytes) {
     const uint64_t eight_depths = 8 * 16 >> 4;
     return uint64_t(column_bytes >> 4) << 32 | eight_depths << 16 | (shared_address(first) & 0x3ffffu) >> 4;
@@ -238,14 +238,16 @@ DEVICE void wait_products() {
 #endif
 }
 
-// The registers of d in the order of an instruction's operands: those of 64 columns, and of 128.
+// The registers of d in the order of an instruction's operands: those of 32 columns, of 64 and of 128.
 #define FOUR_OF_D(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define SIXTEEN_OF_D(j) FOUR_OF_D(j), FOUR_OF_D(j + 1), FOUR_OF_D(j + 2), FOUR_OF_D(j + 3)
-#define D_OF_64 SIXTEEN_OF_D(0), SIXTEEN_OF_D(4)
+#define D_OF_32 SIXTEEN_OF_D(0)
+#define D_OF_64 D_OF_32, SIXTEEN_OF_D(4)
 #define D_OF_128 D_OF_64, SIXTEEN_OF_D(8), SIXTEEN_OF_D(12)
+#define OPERANDS_0_TO_15 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define OPERANDS_0_TO_31                                                                                    \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "  \
-    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+    OPERANDS_0_TO_15 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define OPERANDS_OF_32 "{" OPERANDS_0_TO_15 "}"
 #define OPERANDS_OF_64 "{" OPERANDS_0_TO_31 "}"
 #define OPERANDS_OF_128                                                                                     \
     "{" OPERANDS_0_TO_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "     \
@@ -307,22 +309,38 @@ DEVICE void warpgroup_multiply_tf32(float (&d)[BLOCKS][4], const uint32_t (&a)[4
 #endif
 }
 
-// 16-bit elements, d 64 x 64; a in registers as multiply_float16's a of a warp's rows, b of columns.
-DEVICE void warpgroup_multiply_columns_float16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+// 16-bit elements, d 64 x 32 or 64; a in registers as multiply_float16's a of a warp's rows, b of columns.
+template <int BLOCKS>
+DEVICE void warpgroup_multiply_columns_float16(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b) {
+    static_assert(BLOCKS == 4 || BLOCKS == 8);
 #if WARPGROUPS
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " OPERANDS_OF_64
-                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                 : D_OF_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    if constexpr (BLOCKS == 4) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " OPERANDS_OF_32
+                     ", {%16, %17, %18, %19}, %20, 1, 1, 1, 1;"
+                     : D_OF_32 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " OPERANDS_OF_64
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : D_OF_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
 #else
     __trap();
 #endif
 }
 
-DEVICE void warpgroup_multiply_columns_bfloat16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+template <int BLOCKS>
+DEVICE void warpgroup_multiply_columns_bfloat16(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b) {
+    static_assert(BLOCKS == 4 || BLOCKS == 8);
 #if WARPGROUPS
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " OPERANDS_OF_64
-                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                 : D_OF_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    if constexpr (BLOCKS == 4) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " OPERANDS_OF_32
+                     ", {%16, %17, %18, %19}, %20, 1, 1, 1, 1;"
+                     : D_OF_32 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " OPERANDS_OF_64
+                     ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                     : D_OF_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
 #else
     __trap();
 #endif

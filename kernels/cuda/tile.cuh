@@ -45,7 +45,8 @@ template <> struct TensorCore<float16> {
     static DEVICE void multiply_groups(float (&d)[BLOCKS][4], uint64_t a, uint64_t b) {
         warpgroup_multiply_float16<PANELS_B>(d, a, b);
     }
-    static DEVICE void multiply_columns(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    template <int BLOCKS>
+    static DEVICE void multiply_columns(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b) {
         warpgroup_multiply_columns_float16(d, a, b);
     }
 };
@@ -59,7 +60,8 @@ template <> struct TensorCore<bfloat16> {
     static DEVICE void multiply_groups(float (&d)[BLOCKS][4], uint64_t a, uint64_t b) {
         warpgroup_multiply_bfloat16<PANELS_B>(d, a, b);
     }
-    static DEVICE void multiply_columns(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    template <int BLOCKS>
+    static DEVICE void multiply_columns(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b) {
         warpgroup_multiply_columns_bfloat16(d, a, b);
     }
 };

@@ -141,30 +141,31 @@ multiply_by_warpgroup(const uint32_t* a_rows, const uint32_t* a_registers, const
     for (int i = 0; i < SUMS; ++i) d_of[SUMS * threadIdx.x + i] = d[i / 4][i % 4];
 }
 
-// One product of a warpgroup: a_registers (128, 4); b in 8 columns of `depths` x 8 elements, from depth `first` on;
-// d (128, 8, 4).
-template <Kind KIND>
+// One product of a warpgroup: a_registers (128, 4); b in BLOCKS columns of 8 lines, which lie `pitch` depths apart in
+// b_columns (depths, 8), from depth `first` on; d (128, BLOCKS, 4).
+template <Kind KIND, int BLOCKS>
 __global__ void __launch_bounds__(128)
 multiply_columns_by_warpgroup(const uint32_t* a_registers, const uint32_t* b_columns, float* d_of, int depths,
-                              int first) {
+                              int pitch, int first) {
+    constexpr int SUMS = BLOCKS * 4;  // of a thread
     uint32_t* const memory = dynamic_shared_memory<uint32_t>();
-    for (int word = threadIdx.x; word < 8 * depths * 4; word += blockDim.x) memory[word] = b_columns[word];
+    for (int word = threadIdx.x; word < depths * 4; word += blockDim.x) memory[word] = b_columns[word];
     uint32_t a[4];
-    float d[8][4];
+    float d[BLOCKS][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = a_registers[4 * threadIdx.x + i];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) d[i / 4][i % 4] = d_of[32 * threadIdx.x + i];
+    for (int i = 0; i < SUMS; ++i) d[i / 4][i % 4] = d_of[SUMS * threadIdx.x + i];
     show_to_products();
     __syncthreads();
-    const uint64_t b = warpgroup_operand_of_columns(memory, depths * 16) + first;
+    const uint64_t b = warpgroup_operand_of_columns(memory, pitch * 16) + first;
     begin_products();
     if constexpr (KIND == FLOAT16) warpgroup_multiply_columns_float16(d, a, b);
     if constexpr (KIND == BFLOAT16) warpgroup_multiply_columns_bfloat16(d, a, b);
     commit_products();
     wait_products<0>();
 #pragma unroll
-    for (int i = 0; i < 32; ++i) d_of[32 * threadIdx.x + i] = d[i / 4][i % 4];
+    for (int i = 0; i < SUMS; ++i) d_of[SUMS * threadIdx.x + i] = d[i / 4][i % 4];
 }
 
 // y (8, 32): what shuffles by `by` within segments of WIDTH lanes give, and votes of the lanes of mask.

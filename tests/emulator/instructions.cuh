@@ -105,12 +105,14 @@ DEVICE void warpgroup_multiply_tf32(float (&d)[BLOCKS][4], const uint32_t (&a)[4
     emulator::multiply_warpgroup(emulator::Elements::TF32, BLOCKS, d[0], a, 0, b, false, site);
 }
 
-DEVICE void warpgroup_multiply_columns_float16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+template <int BLOCKS>
+DEVICE void warpgroup_multiply_columns_float16(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b,
                                                EmulatorSite site = EmulatorSite::here()) {
-    emulator::multiply_warpgroup(emulator::Elements::FLOAT16, 8, d[0], a, 0, b, true, site);
+    emulator::multiply_warpgroup(emulator::Elements::FLOAT16, BLOCKS, d[0], a, 0, b, true, site);
 }
 
-DEVICE void warpgroup_multiply_columns_bfloat16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+template <int BLOCKS>
+DEVICE void warpgroup_multiply_columns_bfloat16(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b,
                                                 EmulatorSite site = EmulatorSite::here()) {
-    emulator::multiply_warpgroup(emulator::Elements::BFLOAT16, 8, d[0], a, 0, b, true, site);
+    emulator::multiply_warpgroup(emulator::Elements::BFLOAT16, BLOCKS, d[0], a, 0, b, true, site);
 }

@@ -358,29 +358,31 @@ def test_products_of_warpgroups(columns, b_in, steps, a_rows, kind, machine, rng
     assert (np.abs(found - exact[places]) <= sizes[places] * 2.0**-21).all()
 
 
-@pytest.mark.parametrize("depths", [40, 33])  # of a column: banks are shared, or not
+@pytest.mark.parametrize("pitch", [40, 33, 1, 2])  # banks are shared, or not; columns overlap
 @pytest.mark.parametrize("first", [0, 8, 1, 7, 17])
-def test_products_of_columns(first, depths, kind, machine, rng):
+@pytest.mark.parametrize("blocks", [4, 8])
+def test_products_of_columns(blocks, first, pitch, kind, machine, rng):
     """Any depth can be the first: columns need not begin at a multiple of more than 16 bytes."""
     if machine.is_gpu and device_limits().architecture != 90:
         pytest.skip("only on sm_90a")
     if kind == "TF32":
         pytest.skip("columns are of 16-bit elements")
-    shapes = (64, 16), (depths, 64), (64, 64)
+    depths = first + (blocks - 1) * pitch + 16  # from the first column's to the last one's
+    shapes = (64, 16), (depths, 8), (64, 8 * blocks)
     a, b, d = (rng.standard_normal(shape).astype("f4") for shape in shapes)
     (a_bits, a_means), (b_bits, b_means) = to_bits(kind, a), to_bits(kind, b)
-    b_columns = np.ascontiguousarray(b_bits.reshape(depths, 8, 8).swapaxes(0, 1))
     fragments, _ = fragments_16_bit(a_bits.reshape(4, 16, 16), np.zeros((4, 16, 8), np.uint16))
-    places = group_d_places(64)
+    places = group_d_places(8 * blocks)
     found = np.ascontiguousarray(d[places])
     machine(
-        f"multiply_columns_by_warpgroup<{kind}>",
-        *(np.ascontiguousarray(fragments), b_columns.view(np.uint32), found),
-        *(np.int32(depths), np.int32(first)),
+        f"multiply_columns_by_warpgroup<{kind}, {blocks}>",
+        *(np.ascontiguousarray(fragments), b_bits.view(np.uint32), found),
+        *(np.int32(depths), np.int32(pitch), np.int32(first)),
         block=128,
-        shared_bytes=b_columns.nbytes,
+        shared_bytes=b_bits.nbytes,
     )
-    part = b_means[first : first + 16]
+    starts = first + pitch * np.arange(blocks)
+    part = np.concatenate([b_means[start : start + 16] for start in starts], axis=1)
     sizes = np.abs(d) + np.abs(a_means) @ np.abs(part)
     assert (np.abs(found - (d + a_means @ part)[places]) <= sizes[places] * 2.0**-21).all()
 
