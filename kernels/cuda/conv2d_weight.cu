@@ -29,6 +29,7 @@ struct Window {
     // stride_y apart are line_pitch apart; the residues of both follow at pitches of their own.
     int phase_pitch, row_phase_pitch, line_pitch, image_pitch;
     int image_pixels, column_bytes;            // see WarpgroupWindow
+    int row_runs, tap_step;                    // of a row of the kernel; from one tap of a run to the next
     int step_copies;                           // that a thread of it issues while it multiplies 16 pixels
     int slice_patches;
 
@@ -73,26 +74,27 @@ struct PatchPixel {
     int byte;       // in shared memory, see make_tables
 };
 
-// Brings the patches of a block: ROWS channels of grad and CHANNELS of x.
-template <typename Element, int ROWS_, int CHANNELS_, int TAPS_, int THREADS_>
+// Brings the patches of a block: ROWS channels of grad and CHANNELS of x. Blocks share the taps in runs: of one tap,
+// but see WarpgroupWindow.
+template <typename Element, int ROWS_, int CHANNELS_, int RUNS_, int THREADS_>
 struct PatchLoader {
     typedef Element T;
     static constexpr int ROWS = ROWS_, CHANNELS = CHANNELS_, THREADS = THREADS_;
-    static constexpr int TAPS = TAPS_;  // of a block, at most
+    static constexpr int RUNS = RUNS_;  // of a block, at most
     static constexpr int GRAD_CHUNKS = ROWS / CHUNK<T>, X_CHUNKS = CHANNELS / CHUNK<T>;  // of a pixel
 
     const Window& window;
     unsigned char* const shared;  // two stages, then tables
-    int first_row, first_channel, first_tap, tap_count;
+    int first_row, first_channel, first_run, run_count;
 
-    DEVICE explicit PatchLoader(const Window& window)
+    DEVICE PatchLoader(const Window& window, int all_runs)
         : window(window), shared(dynamic_shared_memory<unsigned char>()) {
         const int row_blocks = (window.out_channels + ROWS - 1) / ROWS;
         const int channel_blocks = (window.channels + CHANNELS - 1) / CHANNELS;
         first_row = int(blockIdx.x) % row_blocks * ROWS;
         first_channel = int(blockIdx.x) / row_blocks % channel_blocks * CHANNELS;
-        first_tap = int(blockIdx.x) / row_blocks / channel_blocks * TAPS;
-        tap_count = min(window.taps - first_tap, TAPS);
+        first_run = int(blockIdx.x) / row_blocks / channel_blocks * RUNS;
+        run_count = min(all_runs - first_run, RUNS);
     }
 
     static DEVICE int lane() { return threadIdx.x % 32; }
@@ -182,12 +184,12 @@ struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 
     typedef PatchLoader<Element, 64, CHANNELS, WARPS * GROUPS / (CHANNELS / 8), WARPS * 32> Loader;
     using Loader::first_channel;
     using Loader::first_row;
-    using Loader::first_tap;
+    using Loader::first_run;
     using Loader::lane;
     using Loader::ROWS;
+    using Loader::run_count;
     using Loader::shared;
     using Loader::sources;
-    using Loader::tap_count;
     using Loader::targets;
     using Loader::THREADS;
     using Loader::warp;
@@ -208,7 +210,7 @@ struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 
 
     float sums[DOWN][GROUPS][4];
 
-    DEVICE explicit WindowTile(const Window& window) : Loader(window) {
+    DEVICE explicit WindowTile(const Window& window) : Loader(window, window.taps) {
 #pragma unroll
         for (int i = 0; i < DOWN; ++i) {
 #pragma unroll
@@ -261,9 +263,9 @@ struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 
 
     // The block's groups of columns, dealt to the warps: all taps of 8 channels, then of the next 8.
     DEVICE int group_number(int group) const { return warp() * GROUPS + group; }
-    DEVICE bool group_exists(int number) const { return number < CHANNELS / 8 * tap_count; }
-    DEVICE int tap_of(int number) const { return first_tap + number % tap_count; }
-    DEVICE int channel_of(int number) const { return number / tap_count * 8; }
+    DEVICE bool group_exists(int number) const { return number < CHANNELS / 8 * run_count; }
+    DEVICE int tap_of(int number) const { return first_run + number % run_count; }
+    DEVICE int channel_of(int number) const { return number / run_count * 8; }
 
     // Where a group's elements lie, from those of tap 0 and channel 0 on; groups that do not exist read the first.
     DEVICE int group_offset(int group) const {
@@ -417,18 +419,26 @@ window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* _
 
 // ---- windows by warpgroups ---------------------------------------------------------------------------------
 
-// 64 channels of x and of grad, and nine taps: three warpgroups have three taps each, all rows of them.
+// 64 channels of grad, and 64 or 8 of x. A run of taps is what one product computes, all rows of them: one tap of 64
+// channels, or up to four taps of 8 channels in a row of the kernel. A block has nine taps: three warpgroups have three
+// each; or eight runs of few channels: two warpgroups have four each.
 //
-// Operand a is grad, by way of registers: what a warpgroup loads for 16 pixels serves its three taps. Operand b is x
+// Operand a is grad, by way of registers: what a warpgroup loads for 16 pixels serves all its runs. Operand b is x
 // in shared memory, as columns of 8 channels (warpgroup_operand_of_columns), each of them an array of pixels; for
 // another tap it starts at another pixel. 16 pixels that are multiplied at once therefore lie one after the other in
 // x. So that they do, a patch's rows of grad are as far apart as those of x (line_pitch), and what lies between is 0.
 // The pixels of an image, image_pixels with what rounds them up, are multiplied one after the other.
-template <typename Element>
-struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
+//
+// Of 8 channels there is one such array, and the columns of an operand are the taps of a run: the same array from other
+// pixels on. They must be equally far apart, so that a run takes every tap_step-th tap of its row.
+template <typename Element, int CHANNELS>
+struct WarpgroupWindow
+    : PatchLoader<Element, 64, CHANNELS, CHANNELS == 8 ? 8 : 9, CHANNELS == 8 ? 2 * 128 : 3 * 128> {
     typedef Element T;
-    typedef PatchLoader<Element, 64, 64, 9, 384> Loader;
+    typedef PatchLoader<Element, 64, CHANNELS, CHANNELS == 8 ? 8 : 9, CHANNELS == 8 ? 2 * 128 : 3 * 128> Loader;
+    using Loader::first_run;
     using Loader::lane;
+    using Loader::run_count;
     using Loader::shared;
     using Loader::sources;
     using Loader::targets;
@@ -436,28 +446,46 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
     using Loader::warp;
     using Loader::window;
     typedef typename Loader::Copies Copies;
-    static constexpr int WARPGROUP_TAPS = 3;
-    static constexpr int DEPTH = 16;            // pixels that one instruction takes
-    static constexpr int PIXEL_BYTES = 128;     // of grad
+    static constexpr int WARPGROUPS_OF_BLOCK = THREADS / 128;
+    static constexpr int WARPGROUP_RUNS = (Loader::RUNS + WARPGROUPS_OF_BLOCK - 1) / WARPGROUPS_OF_BLOCK;
+    static constexpr int RUN_TAPS = CHANNELS == 8 ? 4 : 1;
+    static constexpr int TAP_COLUMNS = CHANNELS / 8;  // of 8 channels
+    static constexpr int COLUMNS = RUN_TAPS * TAP_COLUMNS;
+    static constexpr int DEPTH = 16;                  // pixels that one instruction takes
+    static constexpr int PIXEL_BYTES = 128;           // of grad
+    static constexpr int BLOCKS = CHANNELS == 8 ? 2 : 1;  // that share a multiprocessor
     static_assert(sizeof(T) == 2);
 
-    float sums[WARPGROUP_TAPS][8][4];
-    int own_tap;  // of the block's: the first of this warpgroup
-    int tap_places[WARPGROUP_TAPS];
+    float sums[WARPGROUP_RUNS][COLUMNS][4];
+    int own_run, own_runs;  // the first of this warpgroup, and how many it has
+    int run_places[WARPGROUP_RUNS];
 
-    DEVICE explicit WarpgroupWindow(const Window& window) : Loader(window) {
+    DEVICE explicit WarpgroupWindow(const Window& window)
+        : Loader(window, window.taps / window.kernel_width * window.row_runs) {
         // the same in all threads of a warp, and said so: operands are in uniform registers
-        own_tap = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0) * WARPGROUP_TAPS;
+        const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+        const int share = (run_count + WARPGROUPS_OF_BLOCK - 1) / WARPGROUPS_OF_BLOCK;
+        own_run = first_run + warpgroup * share;
+        own_runs = min(share, first_run + run_count - own_run);
 #pragma unroll
-        for (int i = 0; i < WARPGROUP_TAPS; ++i) {
-            // taps that do not exist are multiplied as the last one, and not stored
-            tap_places[i] = window.place_of_tap(this->first_tap + min(own_tap + i, this->tap_count - 1));
+        for (int i = 0; i < WARPGROUP_RUNS; ++i) {
+            const int run = min(own_run + i, first_run + run_count - 1);  // one that exists
+            run_places[i] =
+                window.place(0, row_of_run(run) * window.dilation_y, column_of_run(run) * window.dilation_x);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
+            for (int j = 0; j < COLUMNS; ++j) {
 #pragma unroll
                 for (int element = 0; element < 4; ++element) sums[i][j][element] = 0;
             }
         }
+    }
+
+    // Row and column of a run's first tap in the kernel. Runs of a row begin at each of the first tap_step taps; when
+    // they are full, the next ones follow.
+    DEVICE int row_of_run(int run) const { return run / window.row_runs; }
+    DEVICE int column_of_run(int run) const {
+        const int number = run % window.row_runs;
+        return number % window.tap_step + number / window.tap_step * (RUN_TAPS * window.tap_step);
     }
 
     // Of a stage, the pixels of grad come first. Chunk c of pixel p stands at c ^ p % 8: eight pixels that are loaded
@@ -509,16 +537,21 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
 
     // ---- multiplying ----
 
-    // Add the products of a patch, and issue copies of the next one meanwhile.
+    // Add the products of a patch, and issue copies of the next one meanwhile. RUNS, the warpgroup's, are known to the
+    // compiler: a branch between products would cost as much as one of them.
+    template <int RUNS = WARPGROUP_RUNS>
     DEVICE void multiply(const unsigned char* stage, Copies& copies, bool copying, const T* grad, const T* x) {
+        if constexpr (RUNS > 1) {
+            if (own_runs < RUNS) return multiply<RUNS - 1>(stage, copies, copying, grad, x);
+        }
         const int steps = window.padded_pixels / DEPTH, image_steps = window.image_pixels / DEPTH;
         const uint64_t columns = warpgroup_operand_of_columns(stage + grad_bytes(), window.column_bytes);
         int place = 0, image_step = 0;  // of x, and within the image, of the next step
         auto multiply_step = [&](const uint32_t(&a)[4]) {
             begin_products();
 #pragma unroll
-            for (int i = 0; i < WARPGROUP_TAPS; ++i) {
-                TensorCore<T>::multiply_columns(sums[i], a, columns + (place + tap_places[i]));
+            for (int i = 0; i < RUNS; ++i) {
+                TensorCore<T>::multiply_columns(sums[i], a, columns + (place + run_places[i]));
             }
             commit_products();
             place += DEPTH;
@@ -559,19 +592,21 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
     // Write the sums to partials (out_channels, taps, channels) of the block's slice.
     DEVICE void store(float* partials) const {
 #pragma unroll
-        for (int i = 0; i < WARPGROUP_TAPS; ++i) {
-            if (own_tap + i >= this->tap_count) continue;
+        for (int i = 0; i < WARPGROUP_RUNS; ++i) {
+            if (i >= own_runs) continue;
+            const int first_tap = row_of_run(own_run + i) * window.kernel_width;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = this->first_row + warp() % 4 * 16 + half * 8 + lane() / 4;
-                if (row >= window.out_channels) continue;
-                float* const target = this->partials_of(partials, row, this->first_tap + own_tap + i);
+            for (int j = 0; j < COLUMNS; ++j) {
+                const int column = column_of_run(own_run + i) + j / TAP_COLUMNS * window.tap_step;
+                const int channel = this->first_channel + j % TAP_COLUMNS * 8 + lane() % 4 * 2;
+                if (column >= window.kernel_width || channel >= window.channels) continue;
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const int channel = this->first_channel + j * 8 + lane() % 4 * 2;
-                    if (channel >= window.channels) continue;
+                for (int half = 0; half < 2; ++half) {
+                    const int row = this->first_row + warp() % 4 * 16 + half * 8 + lane() / 4;
+                    if (row >= window.out_channels) continue;
                     const float* const pair = &sums[i][j][2 * half];
-                    *reinterpret_cast<float2*>(target + channel) = make_float2(pair[0], pair[1]);
+                    *reinterpret_cast<float2*>(this->partials_of(partials, row, first_tap + column) + channel) =
+                        make_float2(pair[0], pair[1]);
                 }
             }
         }
@@ -579,11 +614,11 @@ struct WarpgroupWindow : PatchLoader<Element, 64, 64, 9, 384> {
 };
 
 // Grid and partials are those of window_grad_weight.
-template <typename T>
-__global__ void __launch_bounds__(WarpgroupWindow<T>::THREADS, 1)
+template <typename T, int CHANNELS>
+__global__ void __launch_bounds__(WarpgroupWindow<T, CHANNELS>::THREADS, WarpgroupWindow<T, CHANNELS>::BLOCKS)
 warpgroup_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partials,
                       const __grid_constant__ Window window) {
-    WarpgroupWindow<T> tile(window);
+    WarpgroupWindow<T, CHANNELS> tile(window);
     tile.make_tables();
     tile.clear_stages();
     __syncthreads();

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,8 @@ class _Layout(NamedTuple):
     image_pitch: int
     image_pixels: int = 0
     column_bytes: int = 0
+    row_runs: int = 0
+    tap_step: int = 0
     step_copies: int = 0
 
 
@@ -123,7 +126,11 @@ class WindowTile(NamedTuple):
         """Return how many blocks share a multiprocessor if its memory suffices."""
         return 2 if self.groups <= 4 else 1
 
-    def time(self, pixels: int, itemsize: int) -> float:
+    def tap_blocks(self, geometry: Conv2dGeometry) -> int:
+        """Return how many blocks share the taps."""
+        return -(-geometry.kernel_height * geometry.kernel_width // self.taps)
+
+    def time(self, pixels: int, geometry: Conv2dGeometry, itemsize: int) -> float:
         """Return what a multiprocessor takes to multiply: nanoseconds of the figures above."""
         return 2 * self.ROWS * self.taps * self.channels * pixels / OPERATIONS[itemsize]
 
@@ -144,18 +151,41 @@ class WindowTile(NamedTuple):
 class WarpgroupTile(NamedTuple):
     """Sizes of a block's tile in warpgroup_grad_weight: of 16-bit elements, on sm_90a."""
 
-    channels: int = 64
-    taps: int = 9
-    threads: int = 384
-    beside: int = 1
-    name: str = "warpgroup_grad_weight<{}>"
+    channels: int
+    run_taps: int  # that one product computes
+    runs: int  # of a block
+    threads: int
+    beside: int
 
     ROWS = 64
     DEPTH = 16  # pixels that one instruction multiplies
 
-    def time(self, pixels: int, itemsize: int) -> float:
-        """As WindowTile.time."""
-        return 2 * self.ROWS * self.taps * self.channels * pixels / WARPGROUP_OPERATIONS
+    @property
+    def name(self) -> str:
+        """As WindowTile.name."""
+        return f"warpgroup_grad_weight<{{}}, {self.channels}>"
+
+    def row_runs(self, geometry: Conv2dGeometry) -> tuple[int, int]:
+        """Return how many runs of taps a row of the kernel has, and the step from tap to tap in them.
+
+        Pixels of x that lie a stride apart are neighbours in shared memory. The taps of a run shall
+        be equally far apart there: a multiple of the stride.
+        """
+        if self.run_taps == 1:
+            return geometry.kernel_width, 1
+        stride, spread = geometry.stride[1], geometry.dilation[1]
+        step = min(stride // gcd(stride, spread), geometry.kernel_width)
+        return step * -(-geometry.kernel_width // (step * self.run_taps)), step
+
+    def tap_blocks(self, geometry: Conv2dGeometry) -> int:
+        """As WindowTile.tap_blocks."""
+        return -(-geometry.kernel_height * self.row_runs(geometry)[0] // self.runs)
+
+    def time(self, pixels: int, geometry: Conv2dGeometry, itemsize: int) -> float:
+        """As WindowTile.time; the average of the blocks that share the taps."""
+        runs = geometry.kernel_height * self.row_runs(geometry)[0] / self.tap_blocks(geometry)
+        operations = 2 * self.ROWS * runs * self.run_taps * self.channels * pixels
+        return operations / WARPGROUP_OPERATIONS
 
     def lay_out(self, patch: _Patch, geometry: Conv2dGeometry, itemsize: int) -> _Layout:
         """Lay rows of grad out as far apart as those of x: see WarpgroupWindow in the source."""
@@ -165,29 +195,38 @@ class WarpgroupTile(NamedTuple):
         image_pitch = step_y * step_x * phase
         image_pixels = _rounded((patch.rows - 1) * pitch + patch.columns, self.DEPTH)
         padded = patch.images * image_pixels
-        # the last tap of an image's last pixel, with what rounds pixels up
-        below, right = (
-            (size - 1) * spread
-            for size, spread in zip(geometry.weight_shape[2:], geometry.dilation, strict=True)
-        )
+        row_runs, tap_step = self.row_runs(geometry)
+        spread_y, spread_x = geometry.dilation
+        between_taps = tap_step * spread_x // step_x
+        # the last run of an image's last pixel, with what rounds pixels up, and with taps that do not exist
         places = (
             y % step_y * step_x * phase + y // step_y * pitch + x % step_x * phase + x // step_x
-            for y in range(below + 1)
-            for x in range(right + 1)
+            for y in range(0, geometry.kernel_height * spread_y, spread_y)
+            for run in range(row_runs)
+            for x in (spread_x * (run % tap_step + run // tap_step * self.run_taps * tap_step),)
         )
-        pixels = (patch.images - 1) * image_pitch + max(image_pitch, max(places) + image_pixels)
+        last = max(places) + (self.run_taps - 1) * between_taps + image_pixels
+        pixels = (patch.images - 1) * image_pitch + max(image_pitch, last)
         # columns are 16 bytes more than a multiple of 128 apart: one pixel's share no banks
         column_pixels = _rounded(pixels - 1, 8) + 1
         stage = (padded * self.ROWS + column_pixels * self.channels) * itemsize
-        column_bytes = column_pixels * CHUNK_BYTES
-        # all copies are on their way by the middle of a patch: they take about as long as the rest
-        chunks = self.channels * itemsize // CHUNK_BYTES
-        pixels_at_once = self.threads // chunks
-        targets = patch.images * patch.rows * patch.columns
-        copies = -(-targets // pixels_at_once) + -(-patch.source_pixels // pixels_at_once)
-        step_copies = -(-copies // max(1, padded // self.DEPTH // 2))
-        pitches = (phase, step_x * phase, pitch, image_pitch, image_pixels, column_bytes)
-        return _Layout(padded, stage, *pitches, step_copies)
+        column_bytes = (column_pixels if self.run_taps == 1 else between_taps) * CHUNK_BYTES
+        return _Layout(
+            *(padded, stage, phase, step_x * phase, pitch, image_pitch, image_pixels),
+            *(column_bytes, row_runs, tap_step, self._step_copies(patch, padded, itemsize)),
+        )
+
+    def _step_copies(self, patch: _Patch, padded: int, itemsize: int) -> int:
+        """Return how many copies a thread issues for each product, the first of a patch.
+
+        All are on their way by the middle of a patch: they take about as long as the rest.
+        """
+        targets, sources = (
+            self.threads * CHUNK_BYTES // (lines * itemsize) for lines in (self.ROWS, self.channels)
+        )  # pixels of grad and of x at once
+        pixels = patch.images * patch.rows * patch.columns
+        copies = -(-pixels // targets) + -(-patch.source_pixels // sources)
+        return -(-copies // max(1, padded // self.DEPTH // 2))
 
 
 def _rounded(number: int, unit: int) -> int:
@@ -195,7 +234,7 @@ def _rounded(number: int, unit: int) -> int:
 
 
 WINDOW_TILES = (WindowTile(64, 9), WindowTile(8, 4))
-WARPGROUP_TILE = WarpgroupTile()
+WARPGROUP_TILES = (WarpgroupTile(64, 1, 9, 384, 1), WarpgroupTile(8, 4, 8, 256, 2))
 
 _WINDOW_FIELDS = (
     *("batch", "height", "width", "channels", "out_height", "out_width", "out_channels"),
@@ -204,7 +243,7 @@ _WINDOW_FIELDS = (
     *("row_blocks", "column_blocks", "patches", "source_rows", "source_columns"),
     *("padded_pixels", "source_pixels", "stage_bytes"),
     *("phase_pitch", "row_phase_pitch", "line_pitch", "image_pitch"),
-    *("image_pixels", "column_bytes", "step_copies", "slice_patches"),
+    *("image_pixels", "column_bytes", "row_runs", "tap_step", "step_copies", "slice_patches"),
 )
 _GATHER_FIELDS = (
     *("height", "width", "channels", "out_height", "out_width", "out_channels"),
@@ -216,7 +255,7 @@ _ELEMENTS = ("float16", "bfloat16", "float")
 KERNELS = {
     SOURCE: (
         *(tile.name.format(e) for e in _ELEMENTS for tile in WINDOW_TILES),
-        *(WARPGROUP_TILE.name.format(e) for e in _ELEMENTS if e != "float"),
+        *(tile.name.format(e) for e in _ELEMENTS if e != "float" for tile in WARPGROUP_TILES),
         *(
             f"gather_grad_weight<{e}, {', '.join(map(str, t))}>"
             for e in _ELEMENTS
@@ -387,10 +426,10 @@ def _window(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Window 
 def _window_tiles(
     geometry: Conv2dGeometry, itemsize: int, limits: Limits
 ) -> tuple[WindowTile | WarpgroupTile, ...]:
-    tile = WINDOW_TILES[geometry.in_channels <= 8]
-    if itemsize == 2 and tile.channels > 8 and limits.architecture == WARPGROUP_ARCHITECTURE:
-        return tile, WARPGROUP_TILE
-    return (tile,)
+    is_few = geometry.in_channels <= 8
+    if itemsize == 2 and limits.architecture == WARPGROUP_ARCHITECTURE:
+        return WINDOW_TILES[is_few], WARPGROUP_TILES[is_few]
+    return (WINDOW_TILES[is_few],)
 
 
 def _windows(
@@ -439,8 +478,8 @@ def _patch(
     loads = (padded * tile.ROWS + sources * tile.channels) * itemsize / BYTES
     patches = _count_patches(patch, geometry) * _window_blocks(tile, geometry)
     waiting = PATCH_NANOSECONDS * (beside == 1)
-    time = patches * (max(tile.time(padded, itemsize), loads) + waiting)
-    if tile == WARPGROUP_TILE:
+    time = patches * (max(tile.time(padded, geometry, itemsize), loads) + waiting)
+    if isinstance(tile, WarpgroupTile):
         time /= SINGLE_WARPS
     return _Window(tile, patch, layout, shared_bytes, beside, time)
 
@@ -456,8 +495,7 @@ def _spaced(least: int, pixels: int, steps: int) -> int:
 
 
 def _window_blocks(tile: WindowTile | WarpgroupTile, geometry: Conv2dGeometry) -> int:
-    taps = geometry.kernel_height * geometry.kernel_width
-    across = -(-geometry.in_channels // tile.channels) * -(-taps // tile.taps)
+    across = -(-geometry.in_channels // tile.channels) * tile.tap_blocks(geometry)
     return -(-geometry.out_channels // tile.ROWS) * across
 
 

@@ -35,6 +35,9 @@ CASES = {
     "eight_channels": ((1, 8, 5, 7), (24, 8, 7, 5), 1, 2, 1, 1),
     "filled_channels": ((2, 11, 6, 7), (8, 11, 3, 3), (2, 1), (0, 2), (1, 2), 1),
     "large_stride": ((1, 8, 9, 9), (8, 8, 2, 2), 4, 1, 1, 1),
+    "runs_skip_taps": ((2, 8, 7, 13), (72, 8, 2, 9), 2, (1, 4), 1, 1),
+    "runs_of_spread_taps": ((1, 5, 10, 15), (16, 5, 3, 5), (1, 4), 2, (2, 2), 1),
+    "runs_of_wide_rows": ((1, 8, 3, 19), (8, 8, 3, 11), 1, (1, 5), (1, 2), 1),
 }
 # no windows: one tap, or groups
 GATHERED = {
@@ -80,7 +83,7 @@ def chosen(way, monkeypatch):
 
     def window_tiles(geometry, itemsize, limits):
         if way == "warpgroup":
-            return (conv2d_weight.WARPGROUP_TILE,)
+            return (conv2d_weight.WARPGROUP_TILES[geometry.in_channels <= 8],)
         return give_tiles(geometry, itemsize, limits)[:1]
 
     monkeypatch.setattr(conv2d_weight, "_window_tiles", window_tiles)
@@ -204,6 +207,7 @@ PATCHED = {
     "rows": ((1, 64, 9, 6), (8, 64, 3, 3), 1, 1, 1, 1),
     "columns": ((1, 8, 3, 40), (16, 8, 3, 3), 1, 1, 1, 1),
     "images": ((5, 64, 3, 3), (8, 64, 2, 2), 1, 1, 1, 1),
+    "images_of_few_channels": ((5, 8, 3, 4), (8, 8, 3, 2), (1, 2), 1, 1, 1),
     "stem": ((2, 3, 14, 20), (24, 3, 7, 7), 2, 3, 1, 1),
 }
 
@@ -231,7 +235,7 @@ def test_more_than_a_patch_can_number(x_shape, dtype, way, emulated_cuda, rng):
     assert kinds() == {way}
 
 
-@pytest.mark.parametrize("case", ["square", "stem", "dilation"])
+@pytest.mark.parametrize("case", ["square", "stem", "dilation", "runs_skip_taps"])
 @each_way(*DTYPES)
 def test_every_schedule_gives_equal_bits(case, dtype, way, emulated_cuda, rng):
     arguments = drawn(case, rng, dtype)
@@ -299,8 +303,9 @@ def test_plans_of_a_network_fill_the_device(name, itemsize, architecture, emulat
     filled = conv2d_weight._filled(geometry, itemsize).geometry
     plan = conv2d_weight._plan(filled, itemsize, launch.device_limits())
     by_warpgroups = itemsize == 2 and architecture == 90
-    ways = {"stem": "window", "pointwise": "gather"}
-    way = ways.get(name, "warpgroup" if by_warpgroups else "window")
+    way = "warpgroup" if by_warpgroups else "window"
+    if name == "pointwise":
+        way = "gather"
     assert plan.name.startswith(f"{way}_grad_weight")
     assert plan.shared_bytes <= 227 << 10
     assert 0.7 * 132 <= plan.blocks * plan.slices <= 2 * 132
