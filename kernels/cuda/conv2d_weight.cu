@@ -522,7 +522,8 @@ struct WarpgroupWindow
     DEVICE bool copy_next(Copies& copies, const T* grad, const T* x) const {
         if (copies.target < target_count()) {
             const PatchPixel pixel = targets()[copies.target];
-            this->copy_grad(copies, pixel, grad, shared + copies.stage + (pixel.byte ^ this->grad_chunk() * CHUNK_BYTES));
+            this->copy_grad(copies, pixel, grad,
+                            shared + copies.stage + (pixel.byte ^ this->grad_chunk() * CHUNK_BYTES));
             copies.target += THREADS / Loader::GRAD_CHUNKS;
         } else if (copies.source < window.source_pixels) {
             const PatchPixel pixel = sources()[copies.source];

@@ -57,8 +57,13 @@ PATCH_NANOSECONDS = 300.0  # of waiting, unless another block works meanwhile
 # By warpgroups; what single warps do was measured to take this many times what the figures above say.
 WARPGROUP_OPERATIONS = 5500.0
 SINGLE_WARPS = 2.5
+# Estimates of what warpgroups do not hide: their first operands and last products of a patch; and of
+# copying and multiplying, which share the shared memory, a part of the shorter one.
+WARPGROUP_NANOSECONDS = 60.0
+NOT_HIDDEN = 0.1
 
 TABLE_BYTES = 12  # struct PatchPixel
+RESERVED_BYTES = 1 << 10  # of shared memory, for each block
 
 
 class _Layout(NamedTuple):
@@ -474,14 +479,17 @@ def _patch(
         or shared_bytes > limits.shared_bytes
     ):
         return None
-    beside = tile.beside if tile.beside * shared_bytes < limits.shared_bytes else 1
-    loads = (padded * tile.ROWS + sources * tile.channels) * itemsize / BYTES
+    needed = tile.beside * (shared_bytes + RESERVED_BYTES)
+    beside = tile.beside if needed <= limits.shared_bytes + RESERVED_BYTES else 1
+    loads = (images * rows * columns * tile.ROWS + sources * tile.channels) * itemsize / BYTES
     patches = _count_patches(patch, geometry) * _window_blocks(tile, geometry)
     waiting = PATCH_NANOSECONDS * (beside == 1)
-    time = patches * (max(tile.time(padded, geometry, itemsize), loads) + waiting)
+    products = tile.time(padded, geometry, itemsize)
+    time = max(products, loads) + waiting
     if isinstance(tile, WarpgroupTile):
+        time += NOT_HIDDEN * min(products, loads) + WARPGROUP_NANOSECONDS
         time /= SINGLE_WARPS
-    return _Window(tile, patch, layout, shared_bytes, beside, time)
+    return _Window(tile, patch, layout, shared_bytes, beside, patches * time)
 
 
 def _count_patches(patch: _Patch, geometry: Conv2dGeometry) -> int:
