@@ -539,7 +539,7 @@ struct WarpgroupWindow
     // ---- multiplying ----
 
     // Add the products of a patch, and issue copies of the next one meanwhile. RUNS, the warpgroup's, are known to the
-    // compiler: a branch between products would cost as much as one of them.
+    // compiler: with branches between products it would fence each of them.
     template <int RUNS = WARPGROUP_RUNS>
     DEVICE void multiply(const unsigned char* stage, Copies& copies, bool copying, const T* grad, const T* x) {
         if constexpr (RUNS > 1) {
