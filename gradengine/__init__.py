@@ -41,7 +41,6 @@ from gradengine.factories import (
     from_numpy,
     full,
     full_like,
-    get_rng_state,
     linspace,
     ones,
     ones_like,
@@ -57,7 +56,15 @@ from gradengine.factories import (
 )
 from gradengine.functional import *
 from gradengine.kernels.cpu.threads import get_num_threads, set_num_threads
-from gradengine.ops.random import manual_seed, set_rng_state
+from gradengine.random import (
+    Generator,
+    default_generator,
+    get_rng_state,
+    initial_seed,
+    manual_seed,
+    seed,
+    set_rng_state,
+)
 from gradengine.tensor import Parameter, Tensor, is_tensor
 
 half, double = float16, float64

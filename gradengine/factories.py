@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from gradengine import devices
-from gradengine.dtypes import as_dtype, get_default_dtype, is_floating_point
+from gradengine.dtypes import (
+    as_dtype,
+    bool_,
+    get_default_dtype,
+    int8,
+    int16,
+    int32,
+    int64,
+    is_floating_point,
+    uint8,
+)
 from gradengine.ops import random
 from gradengine.tape import Variable
 from gradengine.tensor import Tensor
@@ -283,11 +293,13 @@ def eye(
 
 
 # ---- random --------------------------------------------------------------------------------------
+# `generator` is a gradengine.Generator; without one, numbers are drawn from the process's own.
 
 
 def rand(
     *shape: Shape,
     size: Shape = None,
+    generator: Any = None,
     dtype: Any = None,
     device: Any = None,
     requires_grad: bool = False,
@@ -297,6 +309,7 @@ def rand(
         _sizes("rand", shape, size),
         _float_type("rand", dtype),
         devices.resolve(device),
+        generator,
     )
     return _finish(drawn, device, requires_grad)
 
@@ -304,6 +317,7 @@ def rand(
 def randn(
     *shape: Shape,
     size: Shape = None,
+    generator: Any = None,
     dtype: Any = None,
     device: Any = None,
     requires_grad: bool = False,
@@ -313,30 +327,54 @@ def randn(
         _sizes("randn", shape, size),
         _float_type("randn", dtype),
         devices.resolve(device),
+        generator,
     )
     return _finish(drawn, device, requires_grad)
 
 
 def randint(
-    low: int = 0, high: Any = None, size: Any = None, *, dtype: Any = np.int64, device: Any = None
+    low: int = 0,
+    high: Any = None,
+    size: Any = None,
+    *,
+    generator: Any = None,
+    dtype: Any = np.int64,
+    device: Any = None,
 ) -> Tensor:
-    """Return integers drawn evenly from low to high - 1, shape `size`; `randint(high, size)` starts at 0."""
+    """Return integers drawn evenly from low to high - 1, shape `size`; `randint(high, size)` starts at 0.
+
+    Raises ValueError where there is none in the range, or dtype does not hold all of it.
+    """
     if size is None:
         low, high, size = 0, low, high
+    elif high is None:
+        low, high = 0, low
     if low >= high:
         raise ValueError(
             f"randint: must draw from a non-empty range (low < high); got low={low}, high={high}"
         )
-    drawn = random.integers(
-        low, high, _sizes("randint", (size,)), as_dtype(dtype), devices.resolve(device)
-    )
+    dtype = as_dtype(dtype)
+    lowest, highest = _INTEGERS_OF.get(dtype, _INTEGERS_OF[int64])
+    if low < lowest or high - 1 > highest:
+        raise ValueError(
+            f"randint: dtype must hold all integers of the range ({lowest} <= low and "
+            f"high - 1 <= {highest}); got low={low}, high={high}, dtype={dtype}"
+        )
+    shape = _sizes("randint", (size,))
+    drawn = random.integers(low, high, shape, dtype, devices.resolve(device), generator)
     return _finish(drawn, device, False)
 
 
-def randperm(n: int, *, device: Any = None) -> Tensor:
+_INTEGERS_OF = {
+    dtype: (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    for dtype in (uint8, int8, int16, int32, int64)
+} | {bool_: (0, 1)}
+
+
+def randperm(n: int, *, generator: Any = None, device: Any = None) -> Tensor:
     """Return the integers 0 to n - 1 in random order, int64."""
     (n,) = _sizes("randperm", (n,))
-    return Tensor(random.permutation(n, devices.resolve(device)))
+    return Tensor(random.permutation(n, devices.resolve(device), generator))
 
 
 def rand_like(
@@ -355,8 +393,3 @@ def randn_like(
     return randn(
         x.shape, dtype=dtype or x.dtype, device=device or x.device, requires_grad=requires_grad
     )
-
-
-def get_rng_state() -> Tensor:
-    """Return the state of the random stream as a uint8 tensor on the CPU, for `set_rng_state`."""
-    return Tensor(random.rng_state())

@@ -463,17 +463,21 @@ class Tensor(Variable):
         """Overwrite every element with 0."""
         return self._overwrite(0, "zero_")
 
-    def uniform_(self, low: builtins.float = 0, high: builtins.float = 1) -> Tensor:
+    def uniform_(
+        self, low: builtins.float = 0, high: builtins.float = 1, *, generator: Any = None
+    ) -> Tensor:
         """Overwrite with numbers drawn evenly from [low, high)."""
-        drawn = random.uniform(self.shape, self._float_dtype("uniform_"), self.device)
+        drawn = random.uniform(self.shape, self._float_dtype("uniform_"), self.device, generator)
         with devices.on_device_of(drawn):
             drawn *= high - low
             drawn += low
         return self._overwrite(drawn, "uniform_")
 
-    def normal_(self, mean: builtins.float = 0, std: builtins.float = 1) -> Tensor:
+    def normal_(
+        self, mean: builtins.float = 0, std: builtins.float = 1, *, generator: Any = None
+    ) -> Tensor:
         """Overwrite with numbers drawn from the normal distribution."""
-        drawn = random.normal(self.shape, self._float_dtype("normal_"), self.device)
+        drawn = random.normal(self.shape, self._float_dtype("normal_"), self.device, generator)
         with devices.on_device_of(drawn):
             drawn *= std
             drawn += mean

@@ -12,18 +12,22 @@ an array that does not fit its geometry is refused, since compiled code would re
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
 
     from gradengine.kernels.geometry import Conv2dGeometry, Pool2dGeometry
     from gradengine.kernels.layout import Array
+
+    Take = Callable[
+        [int], tuple[int, int]
+    ]  # reserves blocks: gives the seed and the first one's number
 
 
 class PackedConv2d(NamedTuple):
@@ -416,6 +420,41 @@ def relu(x: Array) -> Array:
 def relu_grad(grad: Array, out: Array) -> Array:
     """Give grad where `out`, the result of relu, is not 0, and 0 elsewhere, for any shape."""
     return _import_family(place(grad), "activation").relu_grad(grad, out)
+
+
+def random_uniform(out: Array, take: Take) -> None:
+    """Fill out, C-contiguous and floating, with numbers drawn evenly from [0, 1).
+
+    Numbers come from a stream of blocks, which Philox 4x32-10 makes of a seed and the block's number:
+    the same ones on every device and on any number of threads. take(count) reserves so many blocks
+    and returns (seed, number of the first); in a captured step it is called before each replay.
+    """
+    _fill("random_uniform", out, take, per_block=2 if out.dtype.itemsize == 8 else 4)
+
+
+def random_normal(out: Array, take: Take) -> None:
+    """Fill out as `random_uniform`, with normally distributed numbers of mean 0 and variance 1."""
+    _fill("random_normal", out, take, per_block=2 if out.dtype.itemsize == 8 else 4)
+
+
+def random_integers(out: Array, low: int, high: int, take: Take) -> None:
+    """Fill out, C-contiguous int64, with integers drawn evenly from low to high - 1.
+
+    The chance of each is off by less than 2^-64.
+    """
+    _fill("random_integers", out, take, low, (high - low) % 2**64, per_block=2)
+
+
+def random_bernoulli(out: Array, probability: float, take: Take) -> None:
+    """Fill out, C-contiguous bool, with True at this probability, which is rounded to 32 bits."""
+    _fill("random_bernoulli", out, take, round(probability * 2**32), per_block=4)
+
+
+def _fill(name: str, out: Array, take: Take, *numbers: int, per_block: int) -> None:
+    if out.size:
+        module = _import_family(place(out), "random")
+        fill = getattr(module, name.removeprefix("random_"))
+        fill(out, *numbers, partial(take, -(-out.size // per_block)))
 
 
 def _check_conv2d(

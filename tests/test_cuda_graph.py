@@ -158,6 +158,39 @@ def test_random_numbers_are_those_of_the_stream(gpu: Any) -> None:
     assert gpu[0].launched == 3
 
 
+def test_a_captured_step_draws_on_the_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = ge.Generator()
+
+    def step(x: Any) -> Any:
+        own = ge.randn(3, 2, generator=generator), ge.randn(3, dtype=ge.float64)
+        return ge.dropout(x, 0.4), ge.rand(5, 7), *own, ge.randint(-4, 9, (6,)), ge.randperm(9)
+
+    captured = ge.cuda.graph(step, warmup=1)
+    x = ge.ones(8, 9)
+    captured(x)
+    captured(x)
+    sizes = []
+    copy = capture.copy_from_host
+    monkeypatch.setattr(
+        capture, "copy_from_host", lambda *given: (sizes.append(given[0].nbytes), copy(*given))
+    )
+    seen = set()
+    for number in range(3):
+        found = []
+        for run in (captured, step):
+            ge.manual_seed(number)
+            generator.manual_seed(-number)
+            found.append([tensor.tolist() for tensor in run(x)])
+            found[-1].append(ge.get_rng_state().tolist())
+            found[-1].append(generator.get_state().tolist())
+        assert found[0] == found[1]
+        seen.add(str(found[0]))
+    assert len(seen) == 3
+    assert gpu[0].captured == 1
+    # Copied were, before each replay, seed and position of five draws, and an order of nine
+    assert sorted(sizes) == sorted(3 * [*[16] * 5, 9 * 8])
+
+
 def test_clipping_is_captured(gpu: Any) -> None:
     eager, captured = Training(), Training()
 

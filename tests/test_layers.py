@@ -30,6 +30,7 @@ LAYERS = {
     "gradengine.factories": 2,
     "gradengine.functional": 2,
     "gradengine.printing": 2,
+    "gradengine.random": 2,
     "gradengine.tensor": 2,
     "gradengine.autograd": 3,
     "gradengine.cuda": 3,

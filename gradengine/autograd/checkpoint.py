@@ -18,7 +18,7 @@ from gradengine.autograd import saved_hooks
 from gradengine.autograd.saved_hooks import Packed
 from gradengine.grad_mode import enable_grad, grad_mode
 from gradengine.kernels.cuda import capture
-from gradengine.ops.random import rng_state, set_rng_state
+from gradengine.ops import random
 from gradengine.tape import Node, SavedOutput, Variable, _holds_memory, _unpack, tick
 
 DETERMINISM_CHECKS = ("default", "none")
@@ -77,8 +77,9 @@ class _Again:
         self._autocast = autocast_mode.dtype
         self._random: list[Any] | None = None
         if preserve_rng_state:
-            self._random = state = [None]
-            capture.repeated(lambda: state.__setitem__(0, rng_state()))
+            state: list[Any] = [None]
+            self._random = state
+            capture.repeated(lambda: state.__setitem__(0, random.default.state()))
         self.began = tick()
         self._arguments = saved_hooks.packed_nest((args, kwargs), self.began)
         self.inputs = list(_tensors(self._arguments))
@@ -279,11 +280,11 @@ def _random_numbers_of(state: list[Any]) -> Iterator[None]:
     present: list[Any] = [None]
 
     def go_back() -> None:
-        present[0] = rng_state()
-        set_rng_state(state[0])
+        present[0] = random.default.state()
+        random.default.restore(state[0])
 
     capture.repeated(go_back)
     try:
         yield
     finally:
-        capture.repeated(lambda: set_rng_state(present[0]))
+        capture.repeated(lambda: random.default.restore(present[0]))

@@ -1,7 +1,7 @@
-"""Random numbers: one counter-based stream for the process, the same on every device.
+"""Random numbers: streams that count, whose numbers are the same on every device.
 
-Numbers are drawn on the CPU by NumPy's Philox generator and then moved, so that one seed gives the same
-numbers on NumPy and on CuPy.
+A stream is a seed and the number of the next block of it that nobody has drawn. What stands in a block
+depends on these two alone, so that a device draws where it needs the numbers.
 """
 
 from __future__ import annotations
@@ -12,105 +12,142 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.devices import Device, device_of, to_device
-from gradengine.dtypes import is_bfloat16
+from gradengine import devices, kernels
+from gradengine.devices import Device, device_of
 from gradengine.kernels.cuda import capture
 from gradengine.operation import array_of
 
-_lock = threading.Lock()  # NumPy's generators are not safe for several threads at once
-_generator: Any = None
+# What PyTorch starts its generators from.
+DEFAULT_SEED = 67280421310721
+_WORD = 1 << 64
+_STATE = np.dtype([("seed", "<u8"), ("next", "<u8")])
+_INT64 = np.dtype(np.int64)
 
 
-def _stream() -> Any:
-    global _generator
-    if _generator is None:
-        _generator = np.random.Generator(np.random.Philox())
-    return _generator
+class Stream:
+    """A seed, and how far its numbers have been drawn. No two threads are given the same numbers."""
+
+    def __init__(self, seed: int = DEFAULT_SEED) -> None:
+        self._lock = threading.Lock()
+        self._seed = seed
+        self._next = 0
+
+    def take(self, blocks: int) -> tuple[int, int]:
+        """Reserve blocks of the stream; return its seed and the number of the first of them."""
+        with self._lock:
+            first = self._next
+            self._next = (first + blocks) % _WORD
+            return self._seed, first
+
+    def start(self, seed: int) -> None:
+        """Begin a seed's numbers; -1 is 2^64 - 1. Raises ValueError unless 64 bits hold it."""
+        if not -_WORD // 2 <= seed < _WORD:
+            raise ValueError(
+                f"manual_seed: seed must be an integer of 64 bits (-2^63 <= seed < 2^64); got {seed=}"
+            )
+        with self._lock:
+            self._seed, self._next = int(seed) % _WORD, 0
+
+    @property
+    def seed(self) -> int:
+        """The seed of the numbers."""
+        return self._seed
+
+    def state(self) -> np.ndarray:
+        """Return seed and position as an array of 16 bytes."""
+        with self._lock:
+            return np.array([(self._seed, self._next)], _STATE).view(np.uint8)
+
+    def restore(self, state: Any) -> None:
+        """Continue from what `state` returned. Raises ValueError for anything else."""
+        array = np.asarray(array_of(state))
+        if array.dtype != np.uint8 or array.shape != (_STATE.itemsize,):
+            raise ValueError(
+                "set_rng_state: state must be what get_rng_state returned (uint8 of 16 elements); "
+                f"got dtype={array.dtype}, shape={array.shape}"
+            )
+        found = np.ascontiguousarray(array).view(_STATE)[0]
+        with self._lock:
+            self._seed, self._next = int(found["seed"]), int(found["next"])
 
 
-def manual_seed(seed: int) -> None:
-    """Start the process's random stream anew from `seed`, a non-negative integer."""
-    global _generator
-    with _lock:
-        _generator = np.random.Generator(np.random.Philox(seed))
+# The process's own, of which everything draws that is given no other.
+default = Stream()
 
 
-def rng_state() -> Any:
-    """Return the stream's state as an array of bytes, for `set_rng_state`."""
-    with _lock:
-        state = _stream().bit_generator.state
-    position = [state["buffer_pos"], state["has_uint32"], state["uinteger"]]
-    words = [*state["state"]["counter"], *state["state"]["key"], *state["buffer"], *position]
-    return np.asarray(words, dtype=np.uint64).view(np.uint8)
+def uniform(shape: tuple[int, ...], dtype: np.dtype, device: Device, generator: Any = None) -> Any:
+    """Return an array of numbers drawn evenly from [0, 1), as many bits as dtype has below 1."""
+    return _filled(kernels.random_uniform, shape, dtype, device, generator)
 
 
-def set_rng_state(state: Any) -> None:
-    """Continue the stream from a state that `rng_state` returned. Raises ValueError for anything else."""
-    array = np.asarray(array_of(state))
-    if array.dtype != np.uint8 or array.shape != (13 * 8,):
-        raise ValueError(
-            "set_rng_state: state must be what get_rng_state returned (uint8 of 104 elements); "
-            f"got dtype={array.dtype}, shape={array.shape}"
-        )
-    words = np.ascontiguousarray(array).view(np.uint64)
-    with _lock:
-        _stream().bit_generator.state = {
-            "bit_generator": "Philox",
-            "state": {"counter": words[0:4], "key": words[4:6]},
-            "buffer": words[6:10],
-            "buffer_pos": int(words[10]),
-            "has_uint32": int(words[11]),
-            "uinteger": int(words[12]),
-        }
-
-
-def uniform(shape: tuple[int, ...], dtype: Any, device: Device) -> Any:
-    """Return an array of numbers drawn evenly from [0, 1)."""
-
-    def draw() -> np.ndarray:
-        drawn = _stream().random(shape, dtype=np.float64 if dtype == np.float64 else np.float32)
-        if dtype.itemsize == 2:  # rounding to the nearest could give 1
-            steps = 256 if is_bfloat16(dtype) else 2048
-            drawn = np.floor(drawn * np.float32(steps)) / np.float32(steps)
-        return drawn
-
-    return _on_device(draw, shape, dtype, device)
-
-
-def normal(shape: tuple[int, ...], dtype: Any, device: Device) -> Any:
+def normal(shape: tuple[int, ...], dtype: np.dtype, device: Device, generator: Any = None) -> Any:
     """Return an array of numbers drawn from the normal distribution of mean 0 and variance 1."""
-    drawn_as = np.float64 if dtype == np.float64 else np.float32
-    draw = lambda: _stream().standard_normal(shape, dtype=drawn_as)  # noqa: E731
-    return _on_device(draw, shape, dtype, device)
+    return _filled(kernels.random_normal, shape, dtype, device, generator)
 
 
-def integers(low: int, high: int, shape: tuple[int, ...], dtype: Any, device: Device) -> Any:
-    """Return an array of integers drawn evenly from low to high - 1."""
-    draw = lambda: _stream().integers(low, high, shape, dtype=np.int64)  # noqa: E731
-    return _on_device(draw, shape, dtype, device)
-
-
-def permutation(count: int, device: Device) -> Any:
-    """Return the integers 0 to count - 1 in random order, as int64."""
-    return _on_device(lambda: _stream().permutation(count), (count,), np.dtype(np.int64), device)
-
-
-def bernoulli_mask(shape: tuple[int, ...], probability: float, like: Any) -> Any:
-    """Return a bool array on the device of the array `like`, True with `probability`."""
-    draw = lambda: _stream().random(shape, dtype=np.float32) < probability  # noqa: E731
-    return _on_device(draw, shape, np.dtype(np.bool_), device_of(like))
-
-
-def _on_device(
-    draw: Callable[[], Any], shape: tuple[int, ...], dtype: np.dtype, device: Device
+def integers(
+    low: int,
+    high: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    device: Device,
+    generator: Any = None,
 ) -> Any:
-    """Return what `draw` draws as an array on the device; in a captured step anew for each replay."""
+    """Return an array of integers drawn evenly from low to high - 1."""
+    drawn = _filled(kernels.random_integers, shape, _INT64, device, generator, low, high)
+    with devices.on_device_of(drawn):
+        return drawn.astype(dtype, copy=False)
 
-    def drawn() -> np.ndarray:
-        with _lock:
-            return np.asarray(draw()).astype(dtype, copy=False)
+
+def permutation(count: int, device: Device, generator: Any = None) -> Any:
+    """Return the integers 0 to count - 1 as int64 in random order: that of random keys of 64 bits."""
+
+    def order(device: Device) -> Any:
+        keys = _filled(kernels.random_integers, (count,), _INT64, device, generator, 0, _WORD)
+        with devices.on_device_of(keys):
+            return keys.argsort(kind="stable").astype(_INT64, copy=False)
 
     recording = capture.current()
     if recording is None or device.index is None:
-        return to_device(drawn(), device)
-    return recording.feed(drawn, shape, dtype)
+        return order(device)
+    # No graph holds a sort
+    return recording.feed(lambda: order(devices.CPU), (count,), _INT64)
+
+
+def bernoulli_mask(
+    shape: tuple[int, ...], probability: float, like: Any, generator: Any = None
+) -> Any:
+    """Return a bool array on the device of the array `like`, True with `probability`."""
+    dtype = np.dtype(np.bool_)
+    return _filled(kernels.random_bernoulli, shape, dtype, device_of(like), generator, probability)
+
+
+def _stream_of(generator: Any) -> Stream:
+    stream = getattr(generator, "stream", None)
+    if not isinstance(stream, Stream):
+        raise TypeError(
+            "random: generator must be a gradengine.Generator; "
+            f"got an object of type {type(generator).__name__}"
+        )
+    return stream
+
+
+def _filled(
+    fill: Callable[..., None],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    device: Device,
+    generator: Any,
+    *numbers: Any,
+) -> Any:
+    """Return a new array that a kernel fills with the generator's next numbers."""
+    take = default.take if generator is None else _stream_of(generator).take
+    if device.index is None:
+        out = np.empty(shape, dtype)
+        fill(out, *numbers, take)
+        return out
+    cupy = devices.import_cupy()
+    with cupy.cuda.Device(device.index):
+        out = cupy.empty(shape, dtype)
+        fill(out, *numbers, take)
+    return out

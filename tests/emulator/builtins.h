@@ -232,6 +232,8 @@ inline float __frsqrt_rn(float x) { return float(1.0 / sqrt(double(x))); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline double __dsqrt_rn(double x) { return sqrt(x); }
+inline double __ddiv_rn(double a, double b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }

@@ -134,6 +134,16 @@ def test_weigh(dtype, draw, rng):
     kernels.weigh(x, positions, weights, 3)
 
 
+@every_dtype
+def test_random(dtype, draw):
+    out = draw((2, 3, 2051), dtype)
+    take = lambda blocks: (1, 2)  # noqa: E731
+    kernels.random_uniform(out, take)
+    kernels.random_normal(out, take)
+    kernels.random_integers(np.zeros(1027, np.int64), 0, 9, take)
+    kernels.random_bernoulli(np.zeros(2051, np.bool_), 0.5, take)
+
+
 def test_every_kernel_is_watched():
     text = Path(__file__).read_text()
     functions = inspect.getmembers(kernels, inspect.isfunction)
