@@ -73,7 +73,13 @@ float = float32  # last: above, these names are Python's
 
 if TYPE_CHECKING:
     from gradengine import amp, backends, cuda, data, func, models, nn, optim, weights
-    from gradengine.backends import get_float32_matmul_precision, set_float32_matmul_precision
+    from gradengine.backends import (
+        are_deterministic_algorithms_enabled,
+        get_float32_matmul_precision,
+        set_float32_matmul_precision,
+        use_deterministic,
+        use_deterministic_algorithms,
+    )
     from gradengine.dtypes import bfloat16
     from gradengine.weights import load, save
 
@@ -82,6 +88,13 @@ __version__ = "0.1.0"
 # Imported when first asked for: a user of tensors alone does not pay for them.
 _LAZY = {"bfloat16": "dtypes", "load": "weights", "save": "weights"}
 _LAZY |= {f"{verb}_float32_matmul_precision": "backends" for verb in ("get", "set")}
+_LAZY |= dict.fromkeys(
+    (
+        *("use_deterministic", "use_deterministic_algorithms"),
+        "are_deterministic_algorithms_enabled",
+    ),
+    "backends",
+)
 _LAZY |= dict.fromkeys(
     ("amp", "backends", "cuda", "data", "func", "models", "nn", "optim", "weights"), ""
 )

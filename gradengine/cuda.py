@@ -194,7 +194,8 @@ class CapturedStep:
 
 def _modes() -> tuple[Any, ...]:
     """Return what operations look at around the step."""
-    return is_grad_enabled(), autocast_mode.dtype, dict(vars(settings.cuda))
+    chosen = dict(vars(settings.cuda)), dict(vars(settings.general))
+    return is_grad_enabled(), autocast_mode.dtype, *chosen
 
 
 class _Inputs:

@@ -412,6 +412,21 @@ def erf(x: Array) -> Array:
     return _module("erf", "special", x=x).erf(x)
 
 
+def add_at(name: str, out: Array, positions: Array, values: Array) -> None:
+    """Add values (n,) to out, a contiguous vector, at positions (n,), which lie in it.
+
+    Positions may repeat. On CUDA sums of one position are then made in any order, unless
+    `settings.general.deterministic`: then in that of the values, as on the CPU. In a captured step
+    that raises RuntimeError in the name of an operation.
+    """
+    _import_family(place(out), "indexing").add_at(name, out, positions, values)
+
+
+def put_at(name: str, out: Array, positions: Array, values: Array) -> None:
+    """Write values (n,), of out's dtype, as `add_at` adds them: the last one named stays."""
+    _import_family(place(out), "indexing").put_at(name, out, positions, values)
+
+
 def relu(x: Array) -> Array:
     """Give max(x, 0) for any shape; nan stays nan."""
     return _import_family(place(x), "activation").relu(x)

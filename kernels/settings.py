@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass
+class GeneralSettings:
+    """Choices of all kernels; they hold from the next operation on.
+
+    deterministic: compute in one order always, also where another is faster: see
+        `gradengine.use_deterministic_algorithms`.
+    """
+
+    deterministic: bool = False
+
+
+@dataclass
 class CpuSettings:
     """Choices of the CPU kernels; they hold from the next operation on.
 
@@ -41,5 +52,6 @@ class CudaSettings:
     benchmark: bool = False
 
 
+general = GeneralSettings()
 cpu = CpuSettings()
 cuda = CudaSettings()

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from gradengine.devices import array_module, device_of, on_device_of, to_device
+from gradengine.dtypes import narrowed, sum_dtype
 from gradengine.factories import tensor
+from gradengine.kernels import settings
 from gradengine.tensor import Tensor
 
 
@@ -33,10 +35,11 @@ def clip_grad_norm_(
     xp = array_module(gradients[0].array)
     with on_device_of(gradients[0].array):
         # Not stacked: CuPy would copy a list of many addresses to the GPU
-        norms = xp.empty(len(gradients), np.result_type(*{g.dtype for g in gradients}))
+        dtype = np.result_type(*{gradient.dtype for gradient in gradients})
+        norms = xp.empty(len(gradients), sum_dtype(dtype))
         for number, gradient in enumerate(gradients):
             norms[number] = to_device(_norm(gradient.array, norm_type), place)
-        norm = xp.linalg.norm(norms, norm_type)
+        norm = narrowed(xp.linalg.norm(norms, norm_type), dtype)
     if error_if_nonfinite and not math.isfinite(float(norm)):  # waits for the GPU
         raise RuntimeError(
             "clip_grad_norm_: the norm of the gradients is non-finite, so it cannot be clipped; "
@@ -54,4 +57,9 @@ def clip_grad_norm_(
 
 def _norm(array: Any, norm_type: float) -> Any:
     with on_device_of(array):
-        return array_module(array).linalg.norm(array.ravel(order="K"), norm_type)
+        xp = array_module(array)
+        vector = array.ravel(order="K").astype(sum_dtype(array.dtype), copy=False)
+        if norm_type == 2 and settings.general.deterministic:
+            # The norm of NumPy is a product of BLAS, whose threads share the sum
+            return xp.sqrt((vector * vector).sum())
+        return xp.linalg.norm(vector, norm_type)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradengine import devices
+from gradengine import devices, kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, sum_dtype
+from gradengine.kernels import settings
 from gradengine.operation import array_of, node_of, operation, sum_to_shape, widest
 from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.dims import normalized_dim
@@ -58,27 +59,27 @@ def _key(ndim: int, axes: Axes, index: Index) -> Index:
     return tuple(key)
 
 
-def _add_at(out: Any, values: Any, axes: Axes, index: Index) -> None:
-    """Add values at the places of a C-contiguous array, as often as each place is named.
+def _add_at(name: str, out: Any, values: Any, axes: Axes, index: Index) -> None:
+    """Add values at the places of a C-contiguous array, as often as each place is named."""
+    positions = _positions(out, axes, index)
+    kernels.add_at(name, out.reshape(-1), positions.reshape(-1), values.reshape(-1))
 
-    `add.at` is fast for flat arrays only, so every element's position in `out` is computed: an
-    array laid out as out[key] is.
-    """
-    xp = array_module(out)
-    steps = [math.prod(out.shape[axis + 1 :]) for axis in range(out.ndim)]
+
+def _positions(array: Any, axes: Axes, index: Index) -> Any:
+    """Return where each place is in the flat array, laid out as array[key] is."""
+    xp, shape = array_module(array), array.shape
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     chosen: Any = 0
     for axis, one in zip(axes, _filled(index), strict=True):
-        chosen = chosen + one % max(out.shape[axis], 1) * steps[axis]  # % makes negatives positive
+        chosen = chosen + one % max(shape[axis], 1) * steps[axis]  # % makes negatives positive
     # The indexed dims come where the first axis was if the axes are neighbours, else in front.
     place = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0
-    others = [axis for axis in range(out.ndim) if axis not in axes]
+    others = [axis for axis in range(len(shape)) if axis not in axes]
     positions = chosen.reshape(*chosen.shape, *[1] * (len(others) - place))
     for rank, axis in enumerate(others):
         behind = len(others) - 1 - rank + (chosen.ndim if rank < place else 0)
-        positions = positions + (xp.arange(out.shape[axis]) * steps[axis]).reshape(
-            -1, *[1] * behind
-        )
-    xp.add.at(out.reshape(-1), positions.reshape(-1), values.reshape(-1))
+        positions = positions + (xp.arange(shape[axis]) * steps[axis]).reshape(-1, *[1] * behind)
+    return positions
 
 
 @operation(label=lambda axes, index, unique, label: label)
@@ -95,7 +96,7 @@ def _put_back(x, *, axes, index, unique, shape):
         out[_key(out.ndim, axes, index)] = x
         return out
     out = array_module(x).zeros(shape, sum_dtype(x.dtype))
-    _add_at(out, x, axes, index)
+    _add_at("the gradient of indexing", out, x, axes, index)
     return narrowed(out, x.dtype)
 
 
@@ -264,16 +265,40 @@ def _kept(index: Index, *inputs: Any) -> Index:
 def _store(array: Any, plan: _Plan, value: Any) -> None:
     """Write into an array what an index names."""
     part = array[plan.basic]
+    if settings.general.deterministic and not plan.unique and np.ndim(value):
+        _store_in_order(part, plan, value)
+        return
     key = _key(part.ndim, plan.axes, plan.arrays) if plan.axes else ...
     try:
         part[key] = value
     except ValueError:
-        shape, written = getattr(value, "shape", ()), part[key].shape
-        if shape == written:
-            raise
+        _refuse_value(value, part[key].shape)
+        raise
+
+
+def _store_in_order(part: Any, plan: _Plan, value: Any) -> None:
+    """Write as `_store` does; a place that is named twice gets what is named last, on a GPU too."""
+    xp = array_module(part)
+    positions = _positions(part, plan.axes, plan.arrays)
+    try:
+        values = xp.broadcast_to(xp.asarray(value), positions.shape)
+    except ValueError:
+        _refuse_value(value, positions.shape)
+        raise
+    whole = xp.ascontiguousarray(part)
+    flat = values.astype(part.dtype).reshape(-1)
+    kernels.put_at("setitem", whole.reshape(-1), positions.reshape(-1), flat)
+    if whole is not part:
+        part[...] = whole
+
+
+def _refuse_value(value: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a value has the shape of the part into which it is written."""
+    found = getattr(value, "shape", ())
+    if found != shape:
         raise ValueError(
             "setitem: value must broadcast to the part that is written; "
-            f"got value.shape={shape}, part.shape={written}"
+            f"got value.shape={found}, part.shape={shape}"
         ) from None
 
 
@@ -441,7 +466,8 @@ def _line(name: str, x: Any, dim: int, index: Any) -> tuple[Any, int]:
 @operation(label=lambda axes, index, label: label)
 def _add(x, values, *, axes, index, label):
     out = x.astype(sum_dtype(x.dtype), order="C")
-    _add_at(out, values, axes, index)
+    name = "index_add" if label == "IndexAddBackward0" else "scatter_add"
+    _add_at(name, out, values, axes, index)
     return out.astype(x.dtype, copy=False)
 
 
@@ -496,7 +522,8 @@ def scatter_add(x: Any, dim: int, index: Any, src: Any) -> Any:
     """Return a copy of x with src[i, j, k] added at [i, index[i, j, k], k] for dim 1, and so on.
 
     `src`, of x's dtype, is nowhere smaller than `index`, which is as for `gather`. On a GPU the
-    order of additions to one place, and so the last bit, may differ between runs.
+    order of additions to one place, and so the last bit, may differ between runs: see
+    `use_deterministic_algorithms`.
     """
     index = _index_array("scatter_add", x, index)
     dim = _gathered_dim("scatter_add", x, dim, index)

@@ -11,6 +11,7 @@ from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, widened
+from gradengine.kernels import settings
 from gradengine.operation import lowered, operation, sum_to_shape, widest
 from gradengine.ops.shape import reshape
 
@@ -19,12 +20,20 @@ from gradengine.ops.shape import reshape
 
 @operation(label="DotBackward0")
 def _dot(x, y):
-    return narrowed(x @ y, x.dtype)  # NumPy's products of bfloat16 are float32
+    return _times_vector(x, y)
 
 
 @operation(label="MvBackward0")
 def _mv(x, y):
-    return narrowed(x @ y, x.dtype)
+    return _times_vector(x, y)
+
+
+def _times_vector(x: Any, y: Any) -> Any:
+    """Return the sums of x's rows, x (K,) or (M, K), times y (K,)."""
+    if settings.general.deterministic:
+        rows = x.reshape(1, x.shape[0]) if x.ndim == 1 else x
+        return kernels.matmul(rows, y.reshape(y.shape[0], 1)).reshape(x.shape[:-1])
+    return narrowed(x @ y, x.dtype)  # NumPy's products of bfloat16 are float32
 
 
 @operation(label="MmBackward0")

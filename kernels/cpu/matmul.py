@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradengine.kernels import settings
 from gradengine.kernels.cpu import microkernel
 from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
 from gradengine.kernels.cpu.microkernel import ROWS, columns_of
@@ -43,7 +44,9 @@ def matmul(x: Array, y: Array) -> Array:
     if depth == 1:
         return x * y
     if (rows == 1 or columns == 1) and not batch:
-        return np.matmul(x, y) if size > MEDIUM_MATRIX else np.einsum("ij,jk->ik", x, y)
+        # BLAS's threads share a sum, in parts that depend on how many there are
+        by_blas = size > MEDIUM_MATRIX and not settings.general.deterministic
+        return np.matmul(x, y) if by_blas else np.einsum("ij,jk->ik", x, y)
     if size <= SMALL_PRODUCT:
         return np.matmul(x, y)
     out = np.empty((*batch, rows, columns), x.dtype)

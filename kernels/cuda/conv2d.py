@@ -469,7 +469,7 @@ def _timed_tile(
     run: Callable[[TensorTile], None],
 ) -> TensorTile | None:
     """Return the tile that took least, where the user lets tiles be timed, else None."""
-    if not settings.cuda.benchmark:
+    if not settings.cuda.benchmark or settings.general.deterministic:
         return None
     return tuning.fastest(
         (name, geometry, arrays.x.dtype.name), possible_tiles(device_limits()), run

@@ -98,7 +98,8 @@ def _choose(x: Array, y: Array) -> Array:
     uses_tensor_cores = _may_use_tensor_cores(x.dtype)
     is_batch = max(x.ndim, y.ndim) > 2
     emulated = isinstance(x, np.ndarray)  # then there is no cuBLAS
-    own = emulated or settings.cuda.own_matmul or in_step()  # no graph can hold CuPy's cuBLAS
+    own = emulated or settings.cuda.own_matmul or settings.general.deterministic
+    own = own or in_step()  # no graph can hold CuPy's cuBLAS
     unknown_to_cupy = is_batch and x.dtype.name == "bfloat16"
     if own or unknown_to_cupy or (is_batch and uses_tensor_cores):
         return multiply(x, y, uses_tensor_cores)

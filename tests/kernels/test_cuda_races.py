@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gradengine import kernels
+from gradengine.kernels import settings
 from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
 
 BFLOAT16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
@@ -142,6 +143,14 @@ def test_random(dtype, draw):
     kernels.random_normal(out, take)
     kernels.random_integers(np.zeros(1027, np.int64), 0, 9, take)
     kernels.random_bernoulli(np.zeros(2051, np.bool_), 0.5, take)
+
+
+@every_dtype
+def test_positions(dtype, draw, rng, monkeypatch):
+    monkeypatch.setattr(settings.general, "deterministic", True)
+    positions = rng.integers(0, 40, 700)
+    kernels.add_at("add", np.zeros(40, np.float32), positions, draw((700,), dtype))
+    kernels.put_at("put", np.zeros(40, dtype), positions, draw((700,), dtype))
 
 
 def test_every_kernel_is_watched():
