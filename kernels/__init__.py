@@ -444,12 +444,12 @@ def random_uniform(out: Array, take: Take) -> None:
     the same ones on every device and on any number of threads. take(count) reserves so many blocks
     and returns (seed, number of the first); in a captured step it is called before each replay.
     """
-    _fill("random_uniform", out, take, per_block=2 if out.dtype.itemsize == 8 else 4)
+    _fill("uniform", out, take, 2 if out.dtype.itemsize == 8 else 4)
 
 
 def random_normal(out: Array, take: Take) -> None:
     """Fill out as `random_uniform`, with normally distributed numbers of mean 0 and variance 1."""
-    _fill("random_normal", out, take, per_block=2 if out.dtype.itemsize == 8 else 4)
+    _fill("normal", out, take, 2 if out.dtype.itemsize == 8 else 4)
 
 
 def random_integers(out: Array, low: int, high: int, take: Take) -> None:
@@ -457,19 +457,19 @@ def random_integers(out: Array, low: int, high: int, take: Take) -> None:
 
     The chance of each is off by less than 2^-64.
     """
-    _fill("random_integers", out, take, low, (high - low) % 2**64, per_block=2)
+    _fill("integers", out, take, 2, low, (high - low) % 2**64)
 
 
 def random_bernoulli(out: Array, probability: float, take: Take) -> None:
     """Fill out, C-contiguous bool, with True at this probability, which is rounded to 32 bits."""
-    _fill("random_bernoulli", out, take, round(probability * 2**32), per_block=4)
+    _fill("bernoulli", out, take, 4, round(probability * 2**32))
 
 
-def _fill(name: str, out: Array, take: Take, *numbers: int, per_block: int) -> None:
-    if out.size:
-        module = _import_family(place(out), "random")
-        fill = getattr(module, name.removeprefix("random_"))
-        fill(out, *numbers, partial(take, -(-out.size // per_block)))
+def _fill(name: str, out: Array, take: Take, per_block: int, *numbers: int) -> None:
+    size = out.size
+    if size:
+        fill = getattr(_import_family(place(out), "random"), name)
+        fill(out, *numbers, partial(take, -(-size // per_block)))
 
 
 def _check_conv2d(

@@ -21,7 +21,7 @@ from gradengine.operation import array_of
 DEFAULT_SEED = 67280421310721
 _WORD = 1 << 64
 _STATE = np.dtype([("seed", "<u8"), ("next", "<u8")])
-_INT64 = np.dtype(np.int64)
+_INT64, _BOOL = np.dtype(np.int64), np.dtype(np.bool_)
 
 
 class Stream:
@@ -118,8 +118,8 @@ def bernoulli_mask(
     shape: tuple[int, ...], probability: float, like: Any, generator: Any = None
 ) -> Any:
     """Return a bool array on the device of the array `like`, True with `probability`."""
-    dtype = np.dtype(np.bool_)
-    return _filled(kernels.random_bernoulli, shape, dtype, device_of(like), generator, probability)
+    device = device_of(like)
+    return _filled(kernels.random_bernoulli, shape, _BOOL, device, generator, probability)
 
 
 def _stream_of(generator: Any) -> Stream:

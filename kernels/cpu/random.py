@@ -23,39 +23,52 @@ Take = Callable[[], tuple[int, int]]  # gives a stream's seed and the number of 
 F32, F64, I32, I64, U32, U64 = np.float32, np.float64, np.int32, np.int64, np.uint32, np.uint64
 
 
+_FLOAT16, _FLOAT32, _FLOAT64 = map(np.dtype, (np.float16, F32, F64))
+
+
 def uniform(out: Array, take: Take) -> None:
-    if out.dtype == F64:
-        _launch(_uniform64, out, take)
+    dtype = out.dtype
+    if dtype == _FLOAT64:
+        _launch(_uniform64, out, 2, take)
         return
     # As many bits as the dtype has below 1: rounding more to it could give 1
-    bits = {"float32": 24, "float16": 11}.get(out.dtype.name, 8)
-    wide = out if out.dtype == F32 else np.empty(out.shape, F32)
-    _launch(_uniform32, wide, take, U32(32 - bits), F32(2**-bits))
+    bits = 24 if dtype == _FLOAT32 else 11 if dtype == _FLOAT16 else 8
+    wide = out if dtype == _FLOAT32 else np.empty(out.shape, F32)
+    _launch(_uniform32, wide, 4, take, 32 - bits, 0.5**bits)
     if wide is not out:
         out[...] = wide
 
 
 def normal(out: Array, take: Take) -> None:
-    wide = out if out.dtype.itemsize > 2 else np.empty(out.shape, F32)
-    _launch(_normal64 if out.dtype == F64 else _normal32, wide, take)
+    if out.dtype == _FLOAT64:
+        _launch(_normal64, out, 2, take)
+        return
+    wide = out if out.dtype == _FLOAT32 else np.empty(out.shape, F32)
+    _launch(_normal32, wide, 4, take)
     if wide is not out:
         out[...] = wide
 
 
 def integers(out: Array, low: int, span: int, take: Take) -> None:
-    _launch(_integers, out, take, I64(low), U64(span))
+    _launch(_integers, out, 2, take, low, _signed(span))
 
 
 def bernoulli(out: Array, threshold: int, take: Take) -> None:
-    _launch(_bernoulli, out, take, U64(threshold))
+    _launch(_bernoulli, out, 4, take, threshold)
 
 
-def _launch(kernel: Any, out: Array, take: Take, *numbers: Any) -> None:
-    """Fill out on as many threads as there are pieces of work."""
+def _launch(kernel: Any, out: Array, per_block: int, take: Take, *numbers: float) -> None:
+    """Fill out, of which a block makes `per_block` elements, on as many threads as there are pieces."""
     seed, first = take()
-    words = out.size * (2 if out.dtype.itemsize == 8 else 1)
-    workers = min(get_num_threads(), -(-words // (4 * BLOCKS)))
-    kernel(workers, out.reshape(-1), U64(seed), U64(first), *numbers)
+    size = out.size
+    few = size <= BLOCKS * per_block
+    workers = 1 if few else min(get_num_threads(), -(-size // (BLOCKS * per_block)))
+    kernel(workers, out.reshape(-1), _signed(seed), _signed(first), *numbers)
+
+
+def _signed(word: int) -> int:
+    """Give the int64 that has the bits of a word of 64 bits, which Numba takes sooner than a uint64."""
+    return word if word < 1 << 63 else word - (1 << 64)
 
 
 # ---- Philox ----------------------------------------------------------------------------------------
@@ -88,13 +101,6 @@ def _make_words(seed, first, words):
         words[4 * i + 1] = w1
         words[4 * i + 2] = w2
         words[4 * i + 3] = w3
-
-
-@kernel_part
-def _make_points(make, count, words, points):
-    """Fill points (2 * count,) with independent pairs that `make` makes of pairs of words."""
-    for i in range(count):
-        points[2 * i], points[2 * i + 1] = make(words[2 * i], words[2 * i + 1])
 
 
 @kernel_part
@@ -206,6 +212,13 @@ def _point32(word, turn):
 
 
 @kernel_part
+def _make_points32(count, words, points):
+    """Fill points (2 * count,) with independent pairs, each made of two words."""
+    for i in range(count):
+        points[2 * i], points[2 * i + 1] = _point32(words[2 * i], words[2 * i + 1])
+
+
+@kernel_part
 def _point64(word, turn):
     radius = _radius64(word)
     t = F64(I64(turn << U64(2))) * F64(np.pi * 2**-65)
@@ -214,6 +227,12 @@ def _point64(word, turn):
     cosine = (F64(1) - F64(0.5) * z) + (z * z) * _cosine_tail64(z)
     x, y = _turned(I64(turn >> U64(62)), sine, cosine)
     return radius * x, radius * y
+
+
+@kernel_part
+def _make_points64(count, words, points):
+    for i in range(count):
+        points[2 * i], points[2 * i + 1] = _point64(words[2 * i], words[2 * i + 1])
 
 
 # ---- kernels -----------------------------------------------------------------------------------------
@@ -225,17 +244,17 @@ def _point64(word, turn):
 def _uniform32(worker, workers, out, seed, first, shift, unit):
     words = np.empty(4 * BLOCKS, U32)
     for piece in _own_pieces(worker, workers, out, 4):
-        _make_words(seed, first + U64(piece * BLOCKS), words)
+        _make_words(U64(seed), U64(first) + U64(piece * BLOCKS), words)
         target = out[piece * BLOCKS * 4 : (piece + 1) * BLOCKS * 4]
         for i in range(len(target)):
-            target[i] = F32(I32(words[i] >> shift)) * unit
+            target[i] = F32(I32(words[i] >> U32(shift))) * F32(unit)
 
 
 @parallel_kernel
 def _uniform64(worker, workers, out, seed, first):
     words = np.empty(2 * BLOCKS, U64)
     for piece in _own_pieces(worker, workers, out, 2):
-        _make_words(seed, first + U64(piece * BLOCKS), words.view(U32))
+        _make_words(U64(seed), U64(first) + U64(piece * BLOCKS), words.view(U32))
         target = out[piece * BLOCKS * 2 : (piece + 1) * BLOCKS * 2]
         for i in range(len(target)):
             target[i] = F64(I64(words[i] >> U64(11))) * F64(2**-53)
@@ -246,9 +265,9 @@ def _normal32(worker, workers, out, seed, first):
     words = np.empty(4 * BLOCKS, U32)
     points = np.empty(4 * BLOCKS, F32)
     for piece in _own_pieces(worker, workers, out, 4):
-        _make_words(seed, first + U64(piece * BLOCKS), words)
+        _make_words(U64(seed), U64(first) + U64(piece * BLOCKS), words)
         target = out[piece * BLOCKS * 4 : (piece + 1) * BLOCKS * 4]
-        _make_points(_point32, (len(target) + 1) // 2, words, points)
+        _make_points32((len(target) + 1) // 2, words, points)
         for i in range(len(target)):
             target[i] = points[i]
 
@@ -258,9 +277,9 @@ def _normal64(worker, workers, out, seed, first):
     words = np.empty(2 * BLOCKS, U64)
     points = np.empty(2 * BLOCKS, F64)
     for piece in _own_pieces(worker, workers, out, 2):
-        _make_words(seed, first + U64(piece * BLOCKS), words.view(U32))
+        _make_words(U64(seed), U64(first) + U64(piece * BLOCKS), words.view(U32))
         target = out[piece * BLOCKS * 2 : (piece + 1) * BLOCKS * 2]
-        _make_points(_point64, (len(target) + 1) // 2, words, points)
+        _make_points64((len(target) + 1) // 2, words, points)
         for i in range(len(target)):
             target[i] = points[i]
 
@@ -270,20 +289,20 @@ def _bernoulli(worker, workers, out, seed, first, threshold):
     """True where a word of 32 bits is below threshold, which is from 0 to 2^32."""
     words = np.empty(4 * BLOCKS, U32)
     for piece in _own_pieces(worker, workers, out, 4):
-        _make_words(seed, first + U64(piece * BLOCKS), words)
+        _make_words(U64(seed), U64(first) + U64(piece * BLOCKS), words)
         target = out[piece * BLOCKS * 4 : (piece + 1) * BLOCKS * 4]
         for i in range(len(target)):
-            target[i] = U64(words[i]) < threshold
+            target[i] = U64(words[i]) < U64(threshold)
 
 
 @parallel_kernel
 def _integers(worker, workers, out, seed, first, low, span):
     """low + floor(word * span / 2^64); a span of 0 stands for 2^64, which takes words as they are."""
     half = U64(0xFFFFFFFF)
-    below, above = span & half, span >> U64(32)
+    below, above = U64(span) & half, U64(span) >> U64(32)
     words = np.empty(2 * BLOCKS, U64)
     for piece in _own_pieces(worker, workers, out, 2):
-        _make_words(seed, first + U64(piece * BLOCKS), words.view(U32))
+        _make_words(U64(seed), U64(first) + U64(piece * BLOCKS), words.view(U32))
         target = out[piece * BLOCKS * 2 : (piece + 1) * BLOCKS * 2]
         for i in range(len(target)):
             # The upper half of a product of 128 bits, by products of halves
