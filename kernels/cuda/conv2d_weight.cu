@@ -287,64 +287,103 @@ struct WindowTile : PatchLoader<Element, 64, CHANNELS, 8 * GROUPS / (CHANNELS / 
         }
     }
 
-    // Add the products of DEPTH pixels from `pixel` on.
-    DEVICE void multiply(const unsigned char* stage, int pixel, const int (&offsets)[LOADS]) {
-        if (!group_exists(group_number(0))) return;  // the same for all lanes
-        const unsigned char* const grad = stage + pixel * GRAD_PITCH;
-        const unsigned char* const x = stage + grad_bytes();
-        if constexpr (sizeof(T) == 2) {
-            multiply_halves(grad, x + targets()[pixel + lane() % 16].byte, offsets);
-        } else {
-            multiply_floats(grad, x + targets()[pixel + lane() % 4].byte, x + targets()[pixel + 4 + lane() % 4].byte,
-                            offsets);
-        }
+    // What one step of DEPTH pixels reads of grad, and of x for the groups of each load.
+    typedef uint32_t FragmentsA[DOWN][4];
+    typedef uint32_t FragmentsB[LOADS][sizeof(T) == 2 ? 4 : 2];
+
+    DEVICE void load(FragmentsA& a, FragmentsB& b, const unsigned char* stage, int pixel,
+                     const int (&offsets)[LOADS]) const {
+        load_grad(a, stage, pixel);
+        const Pixels pixels = pixels_of_x(stage, pixel);
+#pragma unroll
+        for (int load = 0; load < LOADS; ++load) load_x(b[load], pixels, offsets[load]);
     }
 
-    // 16-bit elements: ldmatrix transposes, as both operands have pixels one below the other.
-    DEVICE void multiply_halves(const unsigned char* grad, const unsigned char* x, const int (&offsets)[LOADS]) {
-        uint32_t a[DOWN][4];
-        const unsigned char* const row = grad + (lane() / 16 * 8 + lane() % 8) * GRAD_PITCH + lane() / 8 % 2 * 16;
+    // Add the products of one step, a and b. Warps without groups have none.
+    DEVICE void step(FragmentsA& a, const FragmentsB& b) {
+        if (!group_exists(group_number(0))) return;  // the same for all lanes
+        prepare(a);
 #pragma unroll
-        for (int i = 0; i < DOWN; ++i) load_matrices_transposed(a[i], row + i * 32);
+        for (int load = 0; load < LOADS; ++load) multiply(a, b[load], load);
+    }
+
+    // The same, and load what the next step reads meanwhile: its a, and each part of b where it is needed no more.
+    DEVICE void step(FragmentsA& a, FragmentsB& b, FragmentsA& next_a, const unsigned char* stage, int next_pixel,
+                     const int (&offsets)[LOADS]) {
+        if (!group_exists(group_number(0))) return;
+        load_grad(next_a, stage, next_pixel);
+        const Pixels next = pixels_of_x(stage, next_pixel);
+        prepare(a);
 #pragma unroll
         for (int load = 0; load < LOADS; ++load) {
-            uint32_t pair[4];
-            load_matrices_transposed(pair, x + offsets[load]);
+            multiply(a, b[load], load);
+            load_x(b[load], next, offsets[load]);
+        }
+    }
+
+    // Where this lane reads x: 16-bit elements of one pixel, float32 of two.
+    struct Pixels {
+        const unsigned char *first, *second;
+    };
+
+    DEVICE Pixels pixels_of_x(const unsigned char* stage, int pixel) const {
+        const unsigned char* const x = stage + grad_bytes();
+        if constexpr (sizeof(T) == 2) return {x + targets()[pixel + lane() % 16].byte, nullptr};
+        return {x + targets()[pixel + lane() % 4].byte, x + targets()[pixel + 4 + lane() % 4].byte};
+    }
+
+    // ldmatrix transposes 16-bit elements, as both operands have pixels one below the other. Of float32 four rows 4g
+    // to 4g + 3 of 32 come by one load; see row_of for the rows they become.
+    DEVICE void load_grad(FragmentsA& a, const unsigned char* stage, int pixel) const {
+        const unsigned char* const grad = stage + pixel * GRAD_PITCH;
+        if constexpr (sizeof(T) == 2) {
+            const unsigned char* const row = grad + (lane() / 16 * 8 + lane() % 8) * GRAD_PITCH + lane() / 8 % 2 * 16;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int group = 2 * load + half;
-                if (group >= GROUPS) continue;
-                const uint32_t b[2] = {pair[2 * half], pair[2 * half + 1]};
+            for (int i = 0; i < DOWN; ++i) load_matrices_transposed(a[i], row + i * 32);
+        } else {
+            const unsigned char* const row = grad + lane() % 4 * GRAD_PITCH + lane() / 4 * 16;
 #pragma unroll
-                for (int i = 0; i < DOWN; ++i) TensorCore<T>::multiply(sums[i][group], a[i], b);
+            for (int i = 0; i < DOWN; i += 2) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint4 four = *reinterpret_cast<const uint4*>(row + half * 4 * GRAD_PITCH + i * 64);
+                    a[i][2 * half] = four.x;
+                    a[i][2 * half + 1] = four.y;
+                    a[i + 1][2 * half] = four.z;
+                    a[i + 1][2 * half + 1] = four.w;
+                }
             }
         }
     }
 
-    // float32: four rows 4g to 4g + 3 of 32 come by one load; see row_of for the rows they become.
-    DEVICE void multiply_floats(const unsigned char* grad, const unsigned char* x, const unsigned char* x_later,
-                                const int (&offsets)[LOADS]) {
-        uint32_t a[DOWN][4];
-        const unsigned char* const row = grad + lane() % 4 * GRAD_PITCH + lane() / 4 * 16;
+    static DEVICE void load_x(uint32_t (&b)[4], const Pixels& pixels, int offset) {
+        load_matrices_transposed(b, pixels.first + offset);
+    }
+    static DEVICE void load_x(uint32_t (&b)[2], const Pixels& pixels, int offset) {
+        b[0] = *reinterpret_cast<const uint32_t*>(pixels.first + offset);
+        b[1] = *reinterpret_cast<const uint32_t*>(pixels.second + offset);
+    }
+
+    static DEVICE void prepare(FragmentsA& a) {
 #pragma unroll
-        for (int i = 0; i < DOWN; i += 2) {
+        for (int i = 0; i < DOWN; ++i) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint4 four = *reinterpret_cast<const uint4*>(row + half * 4 * GRAD_PITCH + i * 64);
-                a[i][2 * half] = TensorCore<T>::prepare(four.x);
-                a[i][2 * half + 1] = TensorCore<T>::prepare(four.y);
-                a[i + 1][2 * half] = TensorCore<T>::prepare(four.z);
-                a[i + 1][2 * half + 1] = TensorCore<T>::prepare(four.w);
-            }
+            for (int element = 0; element < 4; ++element) a[i][element] = TensorCore<T>::prepare(a[i][element]);
         }
+    }
+
+    DEVICE void multiply(const FragmentsA& a, const uint32_t (&b)[4], int load) {
+        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+        multiply_group(a, first, 2 * load);
+        if (2 * load + 1 < GROUPS) multiply_group(a, second, 2 * load + 1);
+    }
+    DEVICE void multiply(const FragmentsA& a, const uint32_t (&b)[2], int load) {
+        const uint32_t prepared[2] = {TensorCore<T>::prepare(b[0]), TensorCore<T>::prepare(b[1])};
+        multiply_group(a, prepared, load);
+    }
+    DEVICE void multiply_group(const FragmentsA& a, const uint32_t (&b)[2], int group) {
 #pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const uint32_t b[2] = {
-                TensorCore<T>::prepare(*reinterpret_cast<const uint32_t*>(x + offsets[group])),
-                TensorCore<T>::prepare(*reinterpret_cast<const uint32_t*>(x_later + offsets[group]))};
-#pragma unroll
-            for (int i = 0; i < DOWN; ++i) TensorCore<T>::multiply(sums[i][group], a[i], b);
-        }
+        for (int i = 0; i < DOWN; ++i) TensorCore<T>::multiply(sums[i][group], a[i], b);
     }
 
     // The row of sums[i][..][2 * half] and the next.
@@ -383,10 +422,11 @@ template <typename T, int CHANNELS, int GROUPS>
 __global__ void __launch_bounds__(WindowTile<T, CHANNELS, GROUPS>::THREADS, WindowTile<T, CHANNELS, GROUPS>::BLOCKS)
 window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partials,
                    const __grid_constant__ Window window) {
-    WindowTile<T, CHANNELS, GROUPS> tile(window);
+    typedef WindowTile<T, CHANNELS, GROUPS> Tile;
+    Tile tile(window);
     tile.make_tables();
     __syncthreads();
-    int offsets[WindowTile<T, CHANNELS, GROUPS>::LOADS];
+    int offsets[Tile::LOADS];
     tile.make_offsets(offsets);
 
     const int first = int(blockIdx.y) * window.slice_patches;
@@ -395,17 +435,35 @@ window_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* _
     unsigned char* writing = tile.shared + window.stage_bytes;
     auto copies = tile.copies_of(first, reading);
     while (tile.copy_next(copies, grad, x)) {}
+    typename Tile::FragmentsA even, odd;
+    typename Tile::FragmentsB b;
     for (int patch = first; patch < end; ++patch) {
         commit_copies();
         wait_copies<0>();
         __syncthreads();  // the patch has landed, and nobody reads the one before any more
         copies = tile.copies_of(patch + 1, writing);
-        for (int pixel = 0; pixel < window.padded_pixels; pixel += tile.DEPTH) {
-            if (patch + 1 < end) {  // early, a few at a time: they need no time of their own
+        const auto copy_some = [&] {  // early, a few at a time: they need no time of their own
+            if (patch + 1 == end) return;
 #pragma unroll 1
-                for (int i = 0; i < COPIES_AT_ONCE; ++i) tile.copy_next(copies, grad, x);
+            for (int i = 0; i < COPIES_AT_ONCE; ++i) tile.copy_next(copies, grad, x);
+        };
+        if constexpr (Tile::BLOCKS > 1) {  // the other block has work while this one waits for its loads
+            for (int pixel = 0; pixel < window.padded_pixels; pixel += Tile::DEPTH) {
+                copy_some();
+                tile.load(even, b, reading, pixel, offsets);
+                tile.step(even, b);
             }
-            tile.multiply(reading, pixel, offsets);
+        } else {
+            const int last = window.padded_pixels - Tile::DEPTH;
+            tile.load(even, b, reading, 0, offsets);
+#pragma unroll 1
+            for (int pixel = 0; pixel <= last; pixel += 2 * Tile::DEPTH) {
+                copy_some();
+                tile.step(even, b, odd, reading, min(pixel + Tile::DEPTH, last), offsets);
+                if (pixel == last) break;
+                copy_some();
+                tile.step(odd, b, even, reading, min(pixel + 2 * Tile::DEPTH, last), offsets);
+            }
         }
         if (patch + 1 < end) {
             while (tile.copy_next(copies, grad, x)) {}
