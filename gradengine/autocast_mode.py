@@ -12,6 +12,7 @@ import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
+from weakref import ref
 
 import numpy as np
 
@@ -27,6 +28,24 @@ class _AutocastMode(threading.local):
     def __init__(self) -> None:
         self.outer: list[tuple[Any, bool]] = []  # what holds again outside each open region
         self.leaves: dict[Any, Any] = {}  # leaves that were converted: see `operation.lowered`
+        # The leaves that regions converted, by the id of the first, which is one of them.
+        self.together: dict[int, list[ref[Any]]] = {}
+
+    def close(self) -> None:
+        """Let go of what an outermost region converted, and note which leaves that were."""
+        if self.leaves:
+            leaves = [converted[0] for converted in self.leaves.values()]
+            key = id(leaves[0])
+            first = ref(leaves[0], lambda _: self.together.pop(key, None))
+            self.together[key] = [first, *map(ref, leaves[1:])]
+            self.leaves.clear()
+
+    def converted_with(self, leaf: Any) -> list[Any]:
+        """Return the leaves that the last region that began with this one converted, it among them."""
+        leaves = [reference() for reference in self.together.get(id(leaf), ())]
+        return (
+            [one for one in leaves if one is not None] if leaves and leaves[0] is leaf else [leaf]
+        )
 
 
 autocast_mode = _AutocastMode()
@@ -42,7 +61,8 @@ class autocast:
 
     `dtype`, float16 unless given or bfloat16, is what matrix products and convolutions compute in.
     Regions nest; `enabled=False` switches off what is outside. A parameter is converted once in the
-    outermost region, and again if it is written meanwhile, unless `cache_enabled=False`. Backward
+    outermost region, and again if it is written meanwhile, unless `cache_enabled=False`; with the
+    first all that the last such region converted, in one launch. Backward
     is best called outside: its operations have the dtypes of forward's either way.
     Raises ValueError for another device type than "cuda" or another dtype.
     """
@@ -75,7 +95,7 @@ class autocast:
         mode = autocast_mode
         mode.dtype, mode.caching = mode.outer.pop()
         if not mode.outer:
-            mode.leaves.clear()
+            mode.close()
 
     def __call__(self, function: F) -> F:
         """Return `function` running under this autocast."""

@@ -8,7 +8,8 @@
 
 Positional parameters are inputs, keyword-only ones are attributes. A pullback takes the incoming gradient
 first. Its other parameters name what it needs, and nothing else is kept until backward: an input (`x`), its
-shape or dtype alone (`x_shape`, `x_dtype`), the result (`out`), an attribute, a name listed in `keeps` (what
+shape or dtype alone (`x_shape`, `x_dtype`), the dtype that its gradient may have instead of its own
+(`x_grad_dtype`: float32 where x was converted to 16 bits, else None), the result (`out`), an attribute, a name listed in `keeps` (what
 forward returns beside its result) or, for an operation on `*inputs`, the `position` of the input it is for.
 With a keyword-only `onto=None` it may be handed the input's gradient so far, and returns the sum.
 
@@ -75,6 +76,7 @@ class Operation:
             )
         self.rules: dict[str, Rule] = {}
         self.saves_output = False
+        self.converts = False  # and so does its pullback: see Node.grad_dtype
 
     def pullbacks(self, **functions: Callable[..., Any]) -> None:
         """Give the pullback of each named input; an input without one never gets a gradient."""
@@ -127,10 +129,18 @@ def _getter(operation: Operation, name: str) -> Callable[..., Any]:
     if name.removesuffix("_shape") in operation.inputs:
         place = operation.inputs.index(name.removesuffix("_shape"))
         return lambda inputs, out, kept, attributes: inputs[place].shape
+    if name.removesuffix("_grad_dtype") in operation.inputs:
+        place = operation.inputs.index(name.removesuffix("_grad_dtype"))
+        return lambda inputs, out, kept, attributes: _grad_dtype(inputs[place])
     if name.removesuffix("_dtype") in operation.inputs:
         place = operation.inputs.index(name.removesuffix("_dtype"))
         return lambda inputs, out, kept, attributes: inputs[place].dtype
     raise TypeError(f"{operation.name}: a pullback names {name}, which the operation does not have")
+
+
+def _grad_dtype(x: Any) -> Any:
+    """Return the dtype that an input's gradient may have instead of the input's own, or None."""
+    return x._node.grad_dtype if isinstance(x, Variable) and x._node is not None else None
 
 
 def _keeper(getters: list[Callable[..., Any]]) -> Callable[..., tuple[Any, ...]]:
@@ -263,6 +273,8 @@ def _record(
             (x._node, pullback, rule.keep(inputs, out, kept, attributes) if rule.keep else ())
         )
     node.edges = edges
+    if op.converts and node.dtype.itemsize == 2 and inputs[0].dtype == float32:
+        node.grad_dtype = float32
     return result
 
 
@@ -440,7 +452,8 @@ def cast(x, *, dtype):
     return x.astype(dtype)
 
 
-cast.pullbacks(x=lambda grad, x_dtype: cast(grad, dtype=x_dtype))
+cast.operation.converts = True
+cast.pullbacks(x=lambda grad, x_dtype: grad if grad.dtype == x_dtype else cast(grad, dtype=x_dtype))
 
 
 # ---- precision under autocast --------------------------------------------------------------------
@@ -458,18 +471,48 @@ def raised(x: Any) -> Any:
 def lowered(x: Any) -> Any:
     """Return floats in the 16 bits that products compute in, a leaf that requires grad once a region."""
     dtype = autocast_mode.dtype
-    if not _is_eligible(x) or x.dtype == dtype:
+    if getattr(x, "dtype", dtype) == dtype or not _is_eligible(x):
         return x
     if not (autocast_mode.caching and isinstance(x, Variable) and x.requires_grad and x.is_leaf):
         return cast(x, dtype=dtype)
     # The leaf is kept, so that no other object can have its id before the region ends. What a
     # captured step converts has values only while the step is replayed.
-    key = (id(x), dtype, grad_mode.enabled, capture.current())
-    leaf, array, stamp, converted = autocast_mode.leaves.get(key, (None, None, 0, None))
-    if leaf is not x or array is not x.array or stamp != x.version().stamp:
-        stamp, converted = x.version().stamp, cast(x, dtype=dtype)
-        autocast_mode.leaves[key] = (x, x.array, stamp, converted)
-    return converted
+    region = (dtype, grad_mode.enabled, capture.current())
+    leaf, array, stamp, converted = autocast_mode.leaves.get((id(x), region), _NOTHING)
+    if leaf is x and array is x.array and stamp == x.version().stamp:
+        return converted
+    leaves = [x]
+    if not autocast_mode.leaves:  # the first of a region
+        place = devices.device_of(x.array)
+        leaves = [
+            one for one in autocast_mode.converted_with(x) if _is_leaf_on(place, x.dtype, one)
+        ]
+    _lower_leaves(leaves, region)
+    return autocast_mode.leaves[id(x), region][3]
+
+
+_NOTHING = (None, None, 0, None)
+
+
+def _is_leaf_on(place: devices.Device, dtype: Any, x: Variable) -> bool:
+    """Whether x is still a leaf that requires grad, of this dtype and on this device."""
+    if x._node is None or not x.is_leaf:
+        return False
+    return x.array.dtype == dtype and devices.device_of(x.array) is place
+
+
+def _lower_leaves(leaves: list[Any], region: tuple[Any, ...]) -> None:
+    """Convert leaves of one dtype, on one device, and keep them until the region ends."""
+    dtype, records, _ = region
+    stamps = [leaf.version().stamp for leaf in leaves]
+    with devices.on_device_of(leaves[0].array):
+        arrays = kernels.cast_all([leaf.array for leaf in leaves], dtype)
+    for leaf, stamp, array in zip(leaves, stamps, arrays, strict=True):
+        if records:
+            converted = _record(cast.operation, (leaf,), array, None, {"dtype": dtype})
+        else:
+            converted = Variable.Result(array)
+        autocast_mode.leaves[id(leaf), region] = (leaf, leaf.array, stamp, converted)
 
 
 def widest(x: Any, y: Any) -> tuple[Any, Any]:

@@ -99,7 +99,10 @@ class SavedOutput(Version):
 class Node:
     """One recorded operation, or the leaf into which a gradient accumulates."""
 
-    __slots__ = ("__weakref__", "dtype", "edges", "hooks", "index", "label", "leaf", "shape")
+    __slots__ = (
+        *("__weakref__", "dtype", "edges", "grad_dtype", "hooks"),
+        *("index", "label", "leaf", "shape"),
+    )
 
     Hooks: ClassVar[Any]  # the class of what is attached to a node; `autograd` sets it
 
@@ -107,6 +110,8 @@ class Node:
         self.label = label
         self.shape = shape
         self.dtype = dtype
+        # What its gradient may be too: of a conversion to 16 bits the dtype from before, float32.
+        self.grad_dtype: Any = None
         self.edges: Sequence[Edge] = ()
         self.hooks: Any = None  # of class Hooks, once anything is attached
         self.leaf: weakref.ref[Variable] | None = None
@@ -674,7 +679,7 @@ def _pull(
             if share is None:  # of a Function: there is no gradient
                 continue
         if share.shape != parent.shape or share.dtype != parent.dtype:
-            share = _rounded(node, share, parent)
+            share = _conformed(node, share, parent)
         if known is None:
             gradients[parent] = share
             heapq.heappush(heap, (-parent.index, parent))
@@ -687,11 +692,16 @@ def _can_add(pullback: Callable[..., Any], create_graph: bool) -> bool:
     return not create_graph and "onto" in (getattr(pullback, "__kwdefaults__", None) or ())
 
 
-def _rounded(node: Node, share: Any, parent: Node) -> Any:
-    """Return as bfloat16 what a pullback's plain arithmetic with Python numbers made float32."""
-    if share.shape != parent.shape or share.dtype != np.float32 or not is_bfloat16(parent.dtype):
+def _conformed(node: Node, share: Any, parent: Node) -> Any:
+    """Return a share of another dtype in the parent's, or as it is where that takes it.
+
+    A pullback's plain arithmetic of bfloat16 with Python numbers gives float32.
+    """
+    is_wide = parent.grad_dtype is not None and share.dtype == parent.grad_dtype
+    is_float32 = share.dtype == np.float32 and is_bfloat16(parent.dtype)
+    if share.shape != parent.shape or not (is_wide or is_float32):
         _refuse_share(node, share, parent)
-    return share.astype(parent.dtype)
+    return share if is_wide and parent.hooks is None else share.astype(parent.dtype)
 
 
 def _sum(x: Any, y: Any) -> Any:

@@ -107,12 +107,20 @@ def conv2d_grad_input(
     return _module(name, "conv2d", **arrays).conv2d_grad_input(grad, weight, geometry, onto)
 
 
-def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
-    """Give conv2d's gradient by weight, (K, C / groups, R, S), for grad shaped like its output."""
+def conv2d_grad_weight(
+    grad: Array, x: Array, geometry: Conv2dGeometry, dtype: np.dtype | None = None
+) -> Array:
+    """Give conv2d's gradient by weight, (K, C / groups, R, S), for grad shaped like its output.
+
+    Its dtype is theirs, or `dtype`: float32 of 16-bit arrays, on CUDA.
+    """
     name = "conv2d_grad_weight"
     _check_shape(name, "grad", grad, geometry.output_shape)
     _check_shape(name, "x", x, geometry.input_shape)
-    return _module(name, "conv2d", grad=grad, x=x).conv2d_grad_weight(grad, x, geometry)
+    module = _module(name, "conv2d", grad=grad, x=x)
+    if dtype is None or dtype == x.dtype:
+        return module.conv2d_grad_weight(grad, x, geometry)
+    return module.conv2d_grad_weight(grad, x, geometry, dtype)
 
 
 def max_pool2d(x: Array, geometry: Pool2dGeometry) -> tuple[Array, Array]:
@@ -397,6 +405,11 @@ def unscale(grads: Sequence[Array], factor: float) -> Array:
     Gives a float32 array (1,): 1 if an element of any was infinite or nan, else 0.
     """
     return _import_family(place(grads[0]), "optimizer").unscale(grads, factor)
+
+
+def cast_all(arrays: Sequence[Array], dtype: np.dtype) -> Sequence[Array]:
+    """Convert floating point arrays of one dtype to another, in the memory order that they have."""
+    return _import_family(place(arrays[0]), "layout").cast_all(arrays, dtype)
 
 
 def matmul(x: Array, y: Array) -> Array:

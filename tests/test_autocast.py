@@ -337,6 +337,43 @@ def test_a_parameter_is_converted_once_in_a_region():
 
 
 @pytest.mark.usefixtures("on_cuda")
+def test_a_region_converts_at_once_what_the_last_one_did(monkeypatch):
+    converted = []
+    cast_all = kernels.cast_all
+
+    def noted(arrays: Any, dtype: Any) -> Any:
+        converted.append(len(arrays))
+        return cast_all(arrays, dtype)
+
+    monkeypatch.setattr(kernels, "cast_all", noted)
+    weights = [ge.full((2, 2), float(i), requires_grad=True) for i in range(4)]
+
+    def region(weights: Any) -> list[int]:
+        converted.clear()
+        with ge.autocast("cuda", dtype=ge.bfloat16):
+            for weight in weights:
+                assert lowered(weight).tolist() == weight.tolist()
+                assert lowered(weight).grad_fn.name() == "ToCopyBackward0"
+        return converted.copy()
+
+    assert region(weights[:3]) == [1, 1, 1]
+    assert region(weights) == [3, 1]
+    with ge.no_grad():
+        weights[1].fill_(7)  # what was converted then is not kept
+    assert region(weights) == [4]
+    assert region(weights[1:]) == [1, 1, 1]  # another begins this one
+    weights[2].requires_grad = False
+    weights[3].data = weights[3].data.double()
+    converted.clear()
+    with ge.autocast("cuda", dtype=ge.bfloat16):
+        assert lowered(weights[0]).tolist() == [[0, 0], [0, 0]]
+    assert converted == [2]
+    with ge.autocast("cuda", dtype=ge.bfloat16):
+        assert lowered(weights[1]).tolist() == [[7, 7], [7, 7]]
+    assert converted == [2, 1]
+
+
+@pytest.mark.usefixtures("on_cuda")
 def test_nothing_is_held_after_a_region():
     weight = ge.ones(2, 2, requires_grad=True)
     with ge.autocast("cuda"):
@@ -467,6 +504,24 @@ def test_a_network_trains(low, where, request):
     assert model.bn1.running_mean is not None
     np.testing.assert_allclose(host(model.bn1.running_mean), 0.225, atol=0.1)
     assert model.bn1.running_mean.dtype == ge.float32
+
+
+@on_kernels
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_the_gradient_of_a_convolutions_weight_is_not_rounded_to_16_bits(low, where, request):
+    use_cuda(where, request)
+    weight = ge.rand(8, 8, 3, 3, requires_grad=True)
+    x = ge.rand(2, 8, 6, 6)
+    with ge.autocast("cuda", dtype=low):
+        loss = F.conv2d(x, weight).sum() * 0.001
+    loss.backward()
+    assert weight.grad.dtype == ge.float32
+    assert (weight.grad.to(low).to(ge.float32) != weight.grad).any()
+    with ge.autocast("cuda", dtype=low):
+        loss = F.conv2d(x, weight).sum() * 0.001
+    (recorded,) = ge.autograd.grad(loss, weight, create_graph=True)
+    assert recorded.dtype == ge.float32
+    np.testing.assert_allclose(host(weight.grad), host(recorded), rtol=2.0**-8)
 
 
 @on_kernels

@@ -11,6 +11,7 @@ from gradengine.kernels.geometry import conv2d_geometry
 from gradengine.operation import lowered, operation
 from gradengine.ops.reduction import sum
 from gradengine.ops.shape import squeeze, unsqueeze
+from gradengine.tape import Variable
 
 
 @operation(label="ConvolutionBackward0")
@@ -31,8 +32,8 @@ def _conv2d_grad_input(grad, weight, *, geometry):
 
 
 @operation(label="ConvolutionBackwardBackward0")
-def _conv2d_grad_weight(grad, x, *, geometry):
-    return kernels.conv2d_grad_weight(grad, x, geometry)
+def _conv2d_grad_weight(grad, x, *, geometry, dtype=None):
+    return kernels.conv2d_grad_weight(grad, x, geometry, dtype)
 
 
 def _grad_input_onto(grad, weight, geometry, *, onto=None):
@@ -41,10 +42,16 @@ def _grad_input_onto(grad, weight, geometry, *, onto=None):
     return kernels.conv2d_grad_input(grad, weight, geometry, onto)
 
 
+def _grad_weight(grad, x, geometry, weight_grad_dtype):
+    if isinstance(grad, Variable):  # recorded, in one dtype
+        return _conv2d_grad_weight(grad, x, geometry=geometry)
+    return _conv2d_grad_weight(grad, x, geometry=geometry, dtype=weight_grad_dtype)
+
+
 for _convolution in (_conv2d, _conv2d_moments):
     _convolution.pullbacks(
         x=_grad_input_onto,
-        weight=lambda grad, x, geometry: _conv2d_grad_weight(grad, x, geometry=geometry),
+        weight=_grad_weight,
         bias=lambda grad: sum(grad, dim=(0, 2, 3)),
     )
 _conv2d_grad_input.pullbacks(

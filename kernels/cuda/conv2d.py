@@ -206,8 +206,8 @@ def _launch_gradient(
     kernel(SOURCE, name)(plan.grid, (plan.tile.threads,), arguments, shared_bytes(plan.tile))
 
 
-def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
-    return conv2d_weight.grad_weight(grad, x, geometry)
+def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry, dtype: Any = None) -> Array:
+    return conv2d_weight.grad_weight(grad, x, geometry, dtype)
 
 
 # ---- forward ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -99,10 +100,9 @@ def cast_all(
     """
     if not arrays:
         return []
-    xp = array_module(arrays[0])
     sources = [array if is_dense(array) else array.copy(order="K") for array in arrays]
     if targets is None:
-        targets = [xp.empty_like(source, dtype=dtype) for source in sources]
+        targets = [_empty_alike(source, dtype) for source in sources]
     pairs = [pair for pair in zip(sources, targets, strict=True) if pair[0].size]
     for first in range(0, len(pairs), MOST_ARRAYS):
         _cast(pairs[first : first + MOST_ARRAYS])
@@ -127,15 +127,37 @@ def _cast(pairs: Sequence[tuple[Array, Array]]) -> None:
 
 def is_dense(array: Array) -> bool:
     """Whether the elements of an array lie in memory without gaps, in whatever order of axes."""
-    if array.flags.c_contiguous:
-        return True
-    expected = array.dtype.itemsize
-    for stride, size in sorted(zip(array.strides, array.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return array.flags.c_contiguous or _order(array) is not None
+
+
+def _order(array: Array) -> tuple[int, ...] | None:
+    """Return the axes in the order in which dense elements lie, None where there are gaps."""
+    return _dense_order(array.shape, array.strides, array.dtype.itemsize)
+
+
+@lru_cache(1024)
+def _dense_order(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> tuple[int, ...] | None:
+    order = sorted(range(len(shape)), key=lambda axis: (strides[axis], shape[axis]), reverse=True)
+    expected = itemsize
+    for axis in reversed(order):
+        if shape[axis] != 1:
+            if strides[axis] != expected:
+                return None
+            expected *= shape[axis]
+    return tuple(order)
+
+
+def _empty_alike(source: Array, dtype: Any) -> Array:
+    """Give an uninitialized array of a dtype, in the memory order of a dense one."""
+    xp, shape = array_module(source), source.shape
+    if source.flags.c_contiguous:
+        return xp.empty(shape, dtype)
+    order = _order(source)
+    assert order is not None
+    out = xp.empty(tuple([shape[axis] for axis in order]), dtype)
+    return out.transpose(sorted(range(len(order)), key=order.__getitem__))
 
 
 def is_aligned(*arrays: Array) -> bool:
