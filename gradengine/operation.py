@@ -9,8 +9,9 @@
 Positional parameters are inputs, keyword-only ones are attributes. A pullback takes the incoming gradient
 first. Its other parameters name what it needs, and nothing else is kept until backward: an input (`x`), its
 shape or dtype alone (`x_shape`, `x_dtype`), the dtype that its gradient may have instead of its own
-(`x_grad_dtype`: float32 where x was converted to 16 bits, else None), the result (`out`), an attribute, a name listed in `keeps` (what
-forward returns beside its result) or, for an operation on `*inputs`, the `position` of the input it is for.
+(`x_grad_dtype`: float32 where x was converted to 16 bits, else None), the result (`out`), an attribute, a
+name listed in `keeps` (what forward returns beside its result) or, for an operation on `*inputs`, the
+`position` of the input it is for.
 With a keyword-only `onto=None` it may be handed the input's gradient so far, and returns the sum.
 
 Operations are polymorphic: given Tensors they return, and record, a Tensor; given arrays they return an
@@ -257,21 +258,22 @@ def _record(
     if op.saves_output:
         out = result._counter = SavedOutput(result.array)
     rules = op.rule_list * len(inputs) if op.variadic else op.rule_list
-    shared = None
+    joint: Any = None
+    saved: Any = None
     edges: list[Any] = []
     for position, (x, rule) in enumerate(zip(inputs, rules, strict=True)):
         if rule is None or not wanted[position]:
             edges.append(None)
             continue
         pullback = rule.pullback
+        if joint is None:  # else the function is the one before, and so is what it names
+            saved = rule.keep(inputs, out, kept, attributes) if rule.keep else ()
         if rule.joint:
-            shared = shared or Joint(pullback, tuple(wanted))
-            pullback = functools.partial(shared.share, position)
+            joint = joint or Joint(pullback, tuple(wanted))
+            pullback = functools.partial(joint.share, position)
         elif rule.positional:
             pullback = functools.partial(_at_position, pullback, position)
-        edges.append(
-            (x._node, pullback, rule.keep(inputs, out, kept, attributes) if rule.keep else ())
-        )
+        edges.append((x._node, pullback, saved))
     node.edges = edges
     if op.converts and node.dtype.itemsize == 2 and inputs[0].dtype == float32:
         node.grad_dtype = float32

@@ -664,18 +664,21 @@ def _pull(
     `edges` take the place of the node's own.
     """
     grad = gradients.pop(node)
+    unpacked: tuple[Any, Any] = (None, ())  # what several edges name is unpacked once
     for edge in node.edges if edges is None else edges:
         if edge is None or (needed is not None and edge[0] not in needed):
             continue
         parent, pullback, saved = edge
         if pullback is None:
             _refuse_freed(node)
+        if saved is not unpacked[0]:
+            unpacked = saved, _unpack(node, saved, create_graph)
         known = gradients.get(parent)
         adds = known is not None and _can_add(pullback, create_graph)
         if adds:  # in the pass that computes the share
-            share = pullback(grad, *_unpack(node, saved, create_graph), onto=known)
+            share = pullback(grad, *unpacked[1], onto=known)
         else:
-            share = pullback(grad, *_unpack(node, saved, create_graph)) if saved else pullback(grad)
+            share = pullback(grad, *unpacked[1])
             if share is None:  # of a Function: there is no gradient
                 continue
         if share.shape != parent.shape or share.dtype != parent.dtype:

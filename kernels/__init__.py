@@ -581,10 +581,11 @@ def _check_batches(name: str, batches: Array | None) -> None:
 
 def _check_rows(name: str, values: Sequence[Array], **rows: Sequence[Array]) -> None:
     """Check that each array of the rows has the shape of the value in its place."""
+    shapes = [value.shape for value in values]
     for key, row in rows.items():
-        for array, value in zip(row, values, strict=bool(row)):
-            if array.shape != value.shape:
-                _check_shape(name, key, array, value.shape)
+        if row and [array.shape for array in row] != shapes:
+            for array, shape in zip(row, shapes, strict=True):
+                _check_shape(name, key, array, shape)
 
 
 def _check_shape(name: str, argument: str, array: Any, expected: tuple[int, ...]) -> None:

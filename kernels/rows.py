@@ -38,9 +38,10 @@ class Rows:
 
 def _dense(array: Array, dtype: np.dtype) -> Array:
     """Give the array itself if its elements fill a piece of memory, else a copy."""
-    fills = array.flags.c_contiguous or _fills(array.shape, array.strides, array.itemsize)
+    fills = _fills(array.shape, array.strides, array.itemsize)
     # CuPy's arrays can always be written to
-    if fills and array.dtype == dtype and getattr(array.flags, "writeable", True):
+    may_write = not isinstance(array, np.ndarray) or array.flags.writeable
+    if fills and array.dtype == dtype and may_write:
         return array
     return array_module(array).array(array, dtype, order="C")
 

@@ -11,6 +11,7 @@ from gradengine.devices import device_of, on_device_of
 from gradengine.factories import empty_like
 from gradengine.grad_mode import enable_grad
 from gradengine.kernels.cuda.capture import current, repeated, valid_while
+from gradengine.tape import note_writes
 from gradengine.tensor import Tensor
 
 
@@ -112,12 +113,11 @@ class Optimizer:
             for parameter in updated:
                 array = parameter.array
                 update = array, parameter.grad.array, self.state[parameter]
-                updates[device_of(array), array.dtype].append(update)
+                updates[device_of(array).index, array.dtype].append(update)
             for alike in updates.values():
                 with on_device_of(alike[0][0]):
                     self.update_all(alike, group)
-            for parameter in updated:
-                parameter.written()
+            note_writes(updated)
         self._rely_on_what_is_updated()
         repeated(self._count)
         return loss

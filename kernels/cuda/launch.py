@@ -166,3 +166,10 @@ def c_name(dtype: Any) -> str:
 def address(array: Array) -> int:
     """Return where an array's first element lies in its device's memory."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
+def addresses(arrays: Sequence[Array]) -> list[int]:
+    """Return where arrays of one device lie in its memory."""
+    if arrays and not isinstance(arrays[0], np.ndarray):
+        return [array.data.ptr for array in arrays]
+    return [array.ctypes.data for array in arrays]

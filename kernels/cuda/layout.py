@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.launch import address, by_value, c_name, kernel
+from gradengine.kernels.cuda.launch import address, addresses, by_value, c_name, kernel
 from gradengine.kernels.layout import Array
 
 THREADS = 256
@@ -116,8 +116,8 @@ def _cast(pairs: Sequence[tuple[Array, Array]]) -> None:
     ends = list(accumulate(-(-one.size // of_block) for one, _ in pairs))
     count = len(pairs)
     table = np.zeros((), _CAST_TABLE)
-    table["sources"][:count] = [address(one) for one, _ in pairs]
-    table["targets"][:count] = [address(one) for _, one in pairs]
+    table["sources"][:count] = addresses([one for one, _ in pairs])
+    table["targets"][:count] = addresses([one for _, one in pairs])
     table["sizes"][:count] = [one.size for one, _ in pairs]
     table["first_blocks"][1:count] = ends[:-1]
     table["arrays"] = count

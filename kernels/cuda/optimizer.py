@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels.cuda.capture import by_value_or_live
-from gradengine.kernels.cuda.launch import address, by_value, c_name, kernel
+from gradengine.kernels.cuda.launch import addresses, by_value, c_name, kernel
 from gradengine.kernels.layout import Array
 from gradengine.kernels.rows import Rows
 
@@ -108,23 +109,27 @@ def _launch(
             update((chunks,), (THREADS,), (table, *arguments(part)))
 
 
-def _tables(rows: list[list[Array]]) -> Iterator[tuple[np.ndarray, int, slice]]:
-    """Yield `Table` of optimizer.cu for up to 64 places, how many chunks they have, and which they are."""
-    dtype = np.dtype(
+@cache
+def _table_dtype(rows: int) -> np.dtype:
+    return np.dtype(
         [
-            ("rows", np.uint64, (len(rows), TENSORS)),
+            ("rows", np.uint64, (rows, TENSORS)),
             ("sizes", np.int64, TENSORS),
             ("first_chunk", np.int32, TENSORS),
         ]
     )
+
+
+def _tables(rows: list[list[Array]]) -> Iterator[tuple[np.ndarray, int, slice]]:
+    """Yield `Table` of optimizer.cu for up to 64 places, how many chunks they have, and which they are."""
     for start in range(0, len(rows[0]), TENSORS):
         part = slice(start, start + TENSORS)
         sizes = np.array([array.size for array in rows[0][part]], np.int64)
         ends = np.cumsum(-(-sizes // CHUNK))
         if not ends[-1]:
             continue
-        table = np.zeros((), dtype)
-        table["rows"][:, : sizes.size] = [[address(array) for array in row[part]] for row in rows]
+        table = np.zeros((), _table_dtype(len(rows)))
+        table["rows"][:, : sizes.size] = [addresses(row[part]) for row in rows]
         table["sizes"][: sizes.size] = sizes
         table["first_chunk"] = ends[-1]
         table["first_chunk"][0] = 0
