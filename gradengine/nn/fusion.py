@@ -70,11 +70,12 @@ def conv_norm(
     fused = activation is not None and _is_plain(activation, ReLU)
     folded = None
     if not norm._takes_running_statistics() or _want_gradient(*tensors):
-        _KEPT.pop(conv, None)  # they train, and so what is kept would soon be stale
+        if conv in _KEPT:  # they train, and so what is kept would soon be stale
+            del _KEPT[conv]
     elif not _want_gradient(x, residual):
         folded = _folded(x, conv, tensors, norm.eps, geometry)
     if folded is None:
-        out = _normalized(x, conv, norm, residual, fused, pool)
+        out = _normalized(x, conv, norm, geometry, residual, fused, pool)
     else:
         out = _folded_conv2d(
             x, folded.bias, residual, weight=folded.weight, geometry=geometry, relu=fused
@@ -144,14 +145,18 @@ def _pools_at_once(
 
 
 def _normalized(
-    x: Tensor, conv: Any, norm: Any, residual: Tensor | None, relu: bool, pool: Any
+    x: Tensor,
+    conv: Any,
+    norm: Any,
+    geometry: Conv2dGeometry,
+    residual: Tensor | None,
+    relu: bool,
+    pool: Any,
 ) -> Tensor:
     """Convolve and record it; gather a batch's statistics, where they are wanted, on the way."""
     if norm._takes_running_statistics():
         return norm._normalize(conv.forward(x), residual=residual, relu=relu)
-    out, moments = conv2d_moments(
-        *(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    )
+    out, moments = conv2d_moments(x, conv.weight, conv.bias, geometry)
     epilogue = {"residual": residual, "relu": relu, "moments": moments}
     if pool is not None:
         epilogue["pool"] = pool2d_geometry(

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
-from gradengine.kernels.geometry import conv2d_geometry
+from gradengine.kernels.geometry import Conv2dGeometry, conv2d_geometry
 from gradengine.operation import lowered, operation
 from gradengine.ops.reduction import sum
 from gradengine.ops.shape import squeeze, unsqueeze
@@ -91,21 +91,14 @@ def conv2d(
 
 
 def conv2d_moments(
-    x: Any,
-    weight: Any,
-    bias: Any = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
+    x: Any, weight: Any, bias: Any, geometry: Conv2dGeometry
 ) -> tuple[Any, tuple[Any, Any]]:
     """Return `conv2d` of x (N, C, H, W), and mean and biased variance of it by channel.
 
     The two are float64 arrays (K,) without a gradient, 0 for an empty batch: what follows from them
     must count in its own gradient that they depend on the result, as batch normalization's does.
-    Arguments and errors are those of `conv2d`.
+    The geometry is the one of x and weight; bias may be None.
     """
-    geometry = conv2d_geometry(x.shape, weight.shape, stride, padding, dilation, groups)
     if autocast_mode.dtype is not None:
         x, weight, bias = lowered(x), lowered(weight), lowered(bias)
     moments: list[Any] = []

@@ -270,8 +270,9 @@ def batch_norm_act(
     and without residual, max_pool2d of that is returned. num_batches_tracked, int64 of no axes,
     grows by one in training. Raises what `batch_norm` does.
     """
-    _check_batch_norm(x, running_mean, running_var, training)
-    _check_vectors(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    array = array_of(x)
+    _check_batch_norm(array, running_mean, running_var, training)
+    _check_vectors(array, running_mean, running_var, weight, bias)
     _check_residual(x, residual)
     inputs = (x, weight, bias, residual)
     if not training:
@@ -308,24 +309,33 @@ def _check_residual(x: Any, residual: Any) -> None:
 
 
 def _check_batch_norm(x: Any, running_mean: Any, running_var: Any, training: bool) -> None:
-    shape = tuple(x.shape)
+    shape = x.shape
     if len(shape) < 2:
         raise ValueError(f"batch_norm: x must have channels (x.ndim >= 2); got x.shape={shape}")
+    if training:
+        if shape[0] == 1 and math.prod(shape[2:]) == 1:
+            raise ValueError(
+                "batch_norm: Expected more than 1 value per channel when training, "
+                f"got input size {shape}"
+            )
+        return
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running is None and not training:
+        if running is None:
             raise ValueError(f"batch_norm: {name} must be given unless training; got {name}=None")
-    if training and shape[0] * math.prod(shape[2:]) == 1:
-        raise ValueError(
-            "batch_norm: Expected more than 1 value per channel when training, "
-            f"got input size {shape}"
-        )
 
 
-def _check_vectors(x: Any, **vectors: Any) -> None:
-    x = array_of(x)
-    given = {name: array_of(vector) for name, vector in vectors.items() if vector is not None}
+_VECTORS = ("running_mean", "running_var", "weight", "bias")
+
+
+def _check_vectors(x: Any, *vectors: Any) -> None:
+    """Check the vectors that belong to an array x: those of _VECTORS, in this order, or None."""
     shape, dtype = x.shape[1:2], x.dtype
-    for name, vector in given.items():
+    given = []
+    for name, vector in zip(_VECTORS, vectors, strict=True):
+        if vector is None:
+            continue
+        vector = array_of(vector)
+        given.append(vector)
         if vector.shape != shape:
             raise ValueError(
                 f"batch_norm: {name} must have one element for each channel "
@@ -337,7 +347,7 @@ def _check_vectors(x: Any, **vectors: Any) -> None:
                 f"batch_norm: {name} must have x's dtype ({name}.dtype == x.dtype); "
                 f"got x.dtype={dtype}, {name}.dtype={vector.dtype}"
             )
-    check_same_device("batch_norm", x, *given.values())
+    check_same_device("batch_norm", x, *given)
 
 
 def _images(x: Any) -> Any:

@@ -8,7 +8,7 @@ chunks of 16 bytes, old devices) goes to `conv2d_plain`, gradients by weight to 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,6 +117,7 @@ def _instances() -> Iterator[str]:
             yield f"conv2d_grad_input<{_parameters(element, tile)}>"
 
 
+@cache
 def _parameters(element: str, tile: TensorTile) -> str:
     return ", ".join((element, *map(str, tile)))
 
@@ -273,6 +274,8 @@ class _Arrays(NamedTuple):
     out: Array
 
     def of(self, images: slice) -> _Arrays:
+        if images == slice(0, len(self.x)):  # nearly always
+            return self
         residual = None if self.residual is None else self.residual[images]
         return _Arrays(self.x[images], self.bias, residual, self.out[images])
 
