@@ -356,6 +356,20 @@ def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Arr
     return module.softmax_cross_entropy_grad(grad, x, target, shifts)
 
 
+def class_scale(
+    target: Array, weight: Array | None, ignore_index: int, classes: int, dtype: np.dtype
+) -> tuple[Array, Array]:
+    """Give targets that are classes for sure, and in dtype what each of them counts for.
+
+    target holds integers, in any shape, weight (classes,), or None, what a class counts for, else 1.
+    ignore_index counts for 0, what is not in [0, classes) for nan; both become class 0.
+    """
+    if weight is not None:
+        _check_shape("class_scale", "weight", weight, (classes,))
+    module = _import_family(place(target), "loss")
+    return module.class_scale(target, weight, ignore_index, classes, dtype)
+
+
 def sgd(
     values: Sequence[Array],
     grads: Sequence[Array],

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
-from gradengine.devices import array_module, check_same_device
+from gradengine.devices import array_module, check_same_device, on_device_of
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
 from gradengine.operation import array_of, operation, raised
 from gradengine.ops.activation import log_softmax, logsigmoid, softmax
@@ -127,7 +127,7 @@ def nll_loss(
     """
     if autocast_mode.dtype is not None:
         input, weight = raised(input), raised(weight)
-    target, scale, _ = _class_scale("nll_loss", input, target, weight, ignore_index)
+    target, scale = _class_scale("nll_loss", input, target, weight, ignore_index)
     return _nll_loss(
         input, target=target, scale=scale, divisor=_divisor("nll_loss", scale, reduction)
     )
@@ -142,25 +142,20 @@ def _divisor(name: str, scale: Any, reduction: str) -> Any:
 
 def _class_scale(
     name: str, input: Any, target: Any, weight: Any, ignore_index: int
-) -> tuple[Any, Any, Any]:
-    """Return target, with class 0 where ignored, its elements' weights, and what is ignored."""
+) -> tuple[Any, Any]:
+    """Return target, with class 0 where ignored, and its elements' weights."""
     target, weight = array_of(target), array_of(weight)
-    xp = array_module(target)
     _check_classes(name, input, target, weight)
     classes = input.shape[min(1, input.ndim - 1)]
-    ignored = target == ignore_index
-    wrong = ((target < 0) | (target >= classes)) & ~ignored
-    if xp is np and wrong.any():
-        raise IndexError(
-            f"{name}: Target {target[wrong].flat[0]} is out of bounds (0 <= target < classes); "
-            f"got input.shape={tuple(input.shape)}"
-        )
-    safe = xp.where(ignored | wrong, 0, target)
-    scale = xp.ones(target.shape, input.dtype) if weight is None else weight[safe]
-    scale = xp.where(ignored, xp.zeros((), input.dtype), scale)
-    if xp is not np:
-        scale = xp.where(wrong, xp.full((), xp.nan, input.dtype), scale)
-    return safe, narrowed(scale, input.dtype), ignored
+    if type(target) is np.ndarray:
+        wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+        if wrong.any():
+            raise IndexError(
+                f"{name}: Target {target[wrong].flat[0]} is out of bounds (0 <= target < classes); "
+                f"got input.shape={tuple(input.shape)}"
+            )
+    with on_device_of(target):
+        return kernels.class_scale(target, weight, ignore_index, classes, input.dtype)
 
 
 def _check_classes(name: str, input: Any, target: Any, weight: Any) -> None:
@@ -220,7 +215,8 @@ def cross_entropy(
     scores = input if fused else log_softmax(input, axis)
     if probabilities:
         return _soft_cross_entropy(scores, target, weight, reduction, label_smoothing)
-    target, scale, ignored = _class_scale("cross_entropy", scores, target, weight, ignore_index)
+    ignored = array_of(target) == ignore_index if label_smoothing else None
+    target, scale = _class_scale("cross_entropy", scores, target, weight, ignore_index)
     divisor = _divisor("cross_entropy", scale, reduction)
     apply = _softmax_nll_loss if fused else _nll_loss
     loss = apply(scores, target=target, scale=scale, divisor=divisor)

@@ -36,6 +36,17 @@ def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Arr
     return out
 
 
+def class_scale(
+    target: Array, weight: Array | None, ignore_index: int, classes: int, dtype: np.dtype
+) -> tuple[Array, Array]:
+    ignored = target == ignore_index
+    known = (target >= 0) & (target < classes) & ~ignored
+    safe = np.where(known, target, 0).astype(target.dtype, copy=False)
+    scale = np.ones(target.shape, dtype) if weight is None else weight[safe]
+    unknown = np.where(ignored, 0, np.nan).astype(dtype)
+    return safe, np.where(known, scale, unknown)
+
+
 def _kernel_rows(x: Array) -> Array:
     array = np.ascontiguousarray(x)
     return array if array.flags.writeable else array.copy()  # to Numba another type

@@ -1,4 +1,4 @@
-// Softmax cross entropy of rows of scores. THREADS threads make a row: a warp, which knows no barrier, or a
+// Softmax cross entropy of rows of scores, and what their targets count for. THREADS threads make a row: a warp, which knows no barrier, or a
 // whole block.
 #include <elements.cuh>
 
@@ -82,4 +82,21 @@ __global__ void softmax_cross_entropy_grad(const T* grad, const T* x, const Targ
         const Value power = exponential(to_float(scores[i]) - peak - log_sum);
         out[team.row * classes + i] = from_float<T>(share * (power - Value(i == hit)));
     }
+}
+
+// What each target counts for: by its class's weight, or 1 where weight is null; not at all if it is ignore_index;
+// nan where it is no class. Of the last two `safe` has class 0, of the others the target.
+template <typename T, typename Target>
+__global__ void class_scale(const Target* target, const T* weight, Target* safe, T* scale, long long count,
+                            long long classes, long long ignore_index) {
+    typedef typename Accumulator<T>::type Value;
+    const long long i = (long long)(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const long long found = (long long)(target[i]);
+    const bool ignored = found == ignore_index;
+    const bool known = !ignored && found >= 0 && found < classes;
+    safe[i] = Target(known ? found : 0);
+    const Value zero = 0;
+    const Value counted = weight == nullptr ? Value(1) : Value(to_float(weight[known ? found : 0]));
+    scale[i] = from_float<T>(known ? counted : ignored ? zero : zero / zero);
 }

@@ -23,13 +23,20 @@ _TARGETS = {
     np.dtype(np.uint16): "unsigned short",
     np.dtype(np.uint8): "unsigned char",
 }
+_PAIRS = tuple(
+    f"{dtype}, {target}"
+    for dtype in ("float16", "bfloat16", "float", "double")
+    for target in ("long long", "int", "unsigned char")
+)
 KERNELS = {
-    "loss.cu": tuple(
-        f"{name}<{dtype}, {target}, {threads}>"
-        for name in ("softmax_cross_entropy", "softmax_cross_entropy_grad")
-        for dtype in ("float16", "bfloat16", "float", "double")
-        for target in ("long long", "int", "unsigned char")
-        for threads in (WARP, BLOCK)
+    "loss.cu": (
+        *(
+            f"{name}<{pair}, {threads}>"
+            for name in ("softmax_cross_entropy", "softmax_cross_entropy_grad")
+            for pair in _PAIRS
+            for threads in (WARP, BLOCK)
+        ),
+        *(f"class_scale<{pair}>" for pair in _PAIRS),
     )
 }
 
@@ -47,6 +54,20 @@ def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Arr
     arrays = (*map(_rows, (grad, x, target, shifts)), out)
     _run("softmax_cross_entropy_grad", x, target, arrays)
     return out
+
+
+def class_scale(
+    target: Array, weight: Array | None, ignore_index: int, classes: int, dtype: np.dtype
+) -> tuple[Array, Array]:
+    xp = array_module(target)
+    flat = xp.ascontiguousarray(target).reshape(-1)
+    safe, scale = xp.empty(flat.shape, flat.dtype), xp.empty(flat.shape, dtype)
+    if flat.size:
+        weight = None if weight is None else xp.ascontiguousarray(weight)
+        run = kernel("loss.cu", f"class_scale<{c_name(dtype)}, {_TARGETS[flat.dtype]}>")
+        arguments = (flat, weight, safe, scale, flat.size, classes, ignore_index)
+        run((-(-flat.size // BLOCK),), (BLOCK,), arguments)
+    return safe.reshape(target.shape), scale.reshape(target.shape)
 
 
 def _run(name: str, x: Array, target: Array, arrays: tuple[Array, ...]) -> None:

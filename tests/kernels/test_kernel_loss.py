@@ -50,3 +50,42 @@ def test_arrays_that_do_not_fit_are_refused():
         kernels.softmax_cross_entropy(x, target)
     with pytest.raises(ValueError, match="softmax_cross_entropy_grad: shifts must"):
         kernels.softmax_cross_entropy_grad(x[:, 0], x, np.zeros(3, np.int64), x)
+
+
+def counted(place, target, weight, *arguments):
+    found = kernels.class_scale(place.give(target), place.give(weight), *arguments)
+    return tuple(map(place.take, found))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("target_dtype", [np.int64, np.int16, np.uint8])
+def test_targets_count_by_their_class(target_dtype, weighted, place, rng):
+    classes, ignore_index = 6, 4
+    target = rng.integers(0, classes + 3, (300, 7)).astype(target_dtype)[
+        :, ::2
+    ]  # some are no class
+    if target_dtype != np.uint8:
+        target[0, :2] = -1, -100
+    weight = rng.random(classes) + 1 if weighted else None
+    safe, scale = counted(place, target, weight, ignore_index, classes, np.dtype(np.float64))
+    ignored, known = target == ignore_index, (target >= 0) & (target < classes)
+    np.testing.assert_array_equal(safe, np.where(known & ~ignored, target, 0))
+    assert safe.dtype == target.dtype
+    expected = np.ones(target.shape) if weight is None else weight[np.where(known, target, 0)]
+    expected = np.where(ignored, 0, np.where(known, expected, np.nan))
+    np.testing.assert_array_equal(scale, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0)])
+def test_targets_of_any_shape_count(shape, place):
+    target = np.full(shape, 2, np.int32)
+    safe, scale = counted(place, target, None, -100, 3, np.dtype(np.float32))
+    assert (safe.shape, scale.shape, scale.dtype) == (shape, shape, np.float32)
+    np.testing.assert_array_equal(safe, target)
+    np.testing.assert_array_equal(scale, np.ones(shape, np.float32))
+
+
+def test_a_negative_index_to_ignore_is_no_unsigned_target(place):
+    target = np.array([156, 3], np.uint8)  # 156 is -100 in 8 bits
+    _, scale = counted(place, target, None, -100, 200, np.dtype(np.float32))
+    np.testing.assert_array_equal(scale, [1, 1])
