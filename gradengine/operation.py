@@ -487,7 +487,7 @@ def lowered(x: Any) -> Any:
     if not autocast_mode.leaves:  # the first of a region
         place = devices.device_of(x.array)
         leaves = [
-            one for one in autocast_mode.converted_with(x) if _is_leaf_on(place, x.dtype, one)
+            one for one in autocast_mode.converted_with(x) if _is_leaf_on(place, x.array.dtype, one)
         ]
     _lower_leaves(leaves, region)
     return autocast_mode.leaves[id(x), region][3]
