@@ -79,12 +79,9 @@ def batch_norm_act(
     xp, dtype = array_module(x), sum_dtype(x.dtype)
     pixels, added = aligned_pixels(x), None if residual is None else aligned_pixels(residual)
     rows, channels, width = sizes_of(pixels)
+    if not pixels.size:
+        return _of_an_empty_batch(pixels, eps, batches)
     out, inv_std = xp.empty(pixels.shape, x.dtype), xp.empty(channels, dtype)
-    if not out.size:
-        inv_std[...] = eps**-0.5
-        if batches is not None:
-            batches += 1
-        return from_nhwc(out), xp.zeros(channels, dtype), inv_std, None
     passed = xp.empty((rows, channels // width), np.uint8) if relu else None
     vectors: list[Any] = [dense(one) for one in (weight, bias, running_mean, running_var)]
     mean = xp.empty(channels, dtype)
@@ -105,6 +102,17 @@ def batch_norm_act(
     run(*sizes, arguments)
     write_back((running_mean, running_var), vectors[2:])
     return from_nhwc(out), mean, inv_std, passed
+
+
+def _of_an_empty_batch(
+    pixels: Array, eps: float, batches: Array | None
+) -> tuple[Array, Array, Array, None]:
+    """Give batch_norm_act's results of no pixels, and count the batch."""
+    xp, dtype, channels = array_module(pixels), sum_dtype(pixels.dtype), pixels.shape[-1]
+    if batches is not None:
+        batches += 1
+    out, mean = xp.empty(pixels.shape, pixels.dtype), xp.zeros(channels, dtype)
+    return from_nhwc(out), mean, xp.full(channels, eps**-0.5, dtype), None
 
 
 def write_back(vectors: Sequence[Array | None], moved: Sequence[Array | None]) -> None:
