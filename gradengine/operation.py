@@ -62,7 +62,7 @@ class Operation:
     ) -> None:
         code = forward.__code__
         self.forward = forward
-        self.name = forward.__name__
+        self.name = forward.__name__.lstrip("_")  # as users know it
         self.label: Any = label or _camel_case(self.name) + "Backward0"  # or label(**attributes)
         self.keeps = keeps
         self.view = view
@@ -332,11 +332,14 @@ def _unary(op: Operation, floating: bool, needs_range: bool) -> Callable[..., An
         if needs_range and autocast_mode.dtype is not None:
             x = raised(x)
         a = x.array if isinstance(x, Variable) else x
-        if type(a) is _ndarray and (not floating or a.dtype.kind == "f"):
-            out = forward(a, **attributes)
-        else:
-            x = _conform_one(op.name, x, floating)
-            out = _call_elementwise(op, floating, (array_of(x),), attributes)
+        try:
+            if type(a) is _ndarray and (not floating or a.dtype.kind == "f"):
+                out = forward(a, **attributes)
+            else:
+                x = _conform_one(op.name, x, floating)
+                out = _call_elementwise(op, floating, (array_of(x),), attributes)
+        except TypeError as error:
+            raise _refusal(error, op.name, x=x) from None
         if not isinstance(x, Variable):
             return out
         if x._node is None or not op.rules or not grad_mode.enabled:
@@ -366,14 +369,14 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
         ):
             try:
                 out = forward(a, b)
-            except ValueError:
-                raise _shape_error(op.name, a, b) from None
+            except (ValueError, TypeError) as error:
+                raise _refusal(error, op.name, x=x, y=y) from None
         else:
             x, y = conform(op.name, x, y, floating)
             try:
                 out = _call_elementwise(op, floating, (array_of(x), array_of(y)), {})
-            except ValueError:
-                raise _shape_error(op.name, x, y) from None
+            except (ValueError, TypeError, OverflowError) as error:
+                raise _refusal(error, op.name, x=x, y=y) from None
         node_x = x._node if isinstance(x, Variable) else None
         node_y = y._node if isinstance(y, Variable) else None
         if (node_x is None and node_y is None) or not op.rules or not grad_mode.enabled:
@@ -399,11 +402,25 @@ def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
     return apply
 
 
-def _shape_error(name: str, x: Any, y: Any) -> ValueError:
-    shapes = [tuple(getattr(value, "shape", ())) for value in (x, y)]
-    return ValueError(
-        f"{name}: shapes must broadcast together; got x.shape={shapes[0]}, y.shape={shapes[1]}"
+def _refusal(error: Exception, name: str, **inputs: Any) -> Exception:
+    """Return what to raise for NumPy's or CuPy's error in an elementwise operation: in our words."""
+    if str(error).startswith(f"{name}: "):
+        return error
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in inputs.items()}
+    try:
+        np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        got = ", ".join(f"{key}.shape={shape}" for key, shape in shapes.items())
+        return ValueError(f"{name}: shapes must broadcast together; got {got}")
+    got = ", ".join(
+        f"{key}.dtype={value.dtype}" if hasattr(value, "dtype") else f"{key}={value!r}"
+        for key, value in inputs.items()
     )
+    if isinstance(error, OverflowError):
+        return ValueError(f"{name}: a number must fit into the tensor's dtype; got {got}")
+    if isinstance(error, TypeError):
+        return TypeError(f"{name}: not defined for these dtypes, convert them first; got {got}")
+    return ValueError(f"{name}: {error}; got {got}")
 
 
 def _elementwise_edge(

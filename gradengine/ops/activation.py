@@ -10,11 +10,11 @@ import numpy as np
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
-from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
+from gradengine.dtypes import bool_, is_floating_point, narrowed, sum_dtype
 from gradengine.operation import array_of, elementwise, operation, raised
 from gradengine.ops import random
 from gradengine.ops.dims import normalized_dim
-from gradengine.ops.elementwise import erf, exp, sigmoid, tanh, where
+from gradengine.ops.elementwise import clamp, erf, exp, sigmoid, tanh, where
 from gradengine.ops.reduction import sum
 
 # ---- rectifiers ----------------------------------------------------------------------------------
@@ -46,19 +46,24 @@ _hardtanh.pullbacks(x=lambda grad, x, min, max: where((x <= min) | (x >= max), 0
 def hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0) -> Any:
     """Return x confined to [min_val, max_val]; the derivative at the bounds is 0, unlike `clamp`'s.
 
-    Raises ValueError unless min_val < max_val.
+    Integers take the bounds without their fractions. Raises ValueError unless min_val <= max_val,
+    TypeError for bools.
     """
-    if not min_val < max_val:
+    if not min_val <= max_val:
         raise ValueError(
-            "hardtanh: bounds must be in order (min_val < max_val); "
+            "hardtanh: bounds must be in order (min_val <= max_val); "
             f"got min_val={min_val}, max_val={max_val}"
         )
+    if x.dtype == bool_:
+        raise TypeError("hardtanh: not defined for bools (x.dtype != bool); got x.dtype=bool")
+    if not is_floating_point(x.dtype):
+        return clamp(x, math.trunc(min_val), math.trunc(max_val))
     return _hardtanh(x, min=min_val, max=max_val)
 
 
 def relu6(x: Any) -> Any:
     """Return min(max(x, 0), 6); the derivative at 0 and at 6 is 0."""
-    return _hardtanh(x, min=0.0, max=6.0)
+    return hardtanh(x, 0.0, 6.0)
 
 
 @elementwise(floating=True, label="LeakyReluBackward0")

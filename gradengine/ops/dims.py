@@ -30,12 +30,11 @@ def normalized_dims(name: str, dim: Any, ndim: int) -> tuple[int, ...]:
     A 0-d tensor may be given dim 0 or -1, as in PyTorch. Raises ValueError for a repeated dim.
     """
     given = as_tuple(dim)
-    if ndim == 0 and all(-1 <= one <= 0 for one in given):
-        return ()
-    dims = tuple([normalized_dim(name, one, ndim) for one in given])
+    number = ndim == 0 and all(-1 <= one <= 0 for one in given)
+    dims = tuple([normalized_dim(name, one, 1 if number else ndim) for one in given])
     if len(set(dims)) != len(dims):
         raise ValueError(f"{name}: a dim must not appear twice; got dim={dim}, ndim={ndim}")
-    return dims
+    return () if number else dims
 
 
 def numpy_spelled(function: Callable[..., Any]) -> Callable[..., Any]:

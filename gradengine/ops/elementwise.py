@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import builtins
 import math
+import operator
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, on_device_of
-from gradengine.dtypes import bool_, is_floating_point, narrowed, result_type, widened
+from gradengine.dtypes import bool_, int64, is_floating_point, narrowed, result_type, widened
 from gradengine.operation import (
     array_of,
+    cast,
     conform,
     elementwise,
     operation,
@@ -56,14 +61,25 @@ def div(x, y):
 
 @elementwise
 def floor_divide(x, y):
-    """Return the floor of x / y. Its derivative is zero almost everywhere, and is not recorded."""
-    return x // y
+    """Return the floor of x / y, whose derivative is 0. RuntimeError for integers by 0, on the CPU."""
+    return _divided("floor_divide", operator.floordiv, x, y)
 
 
 @elementwise
 def remainder(x, y):
-    """Return x - y * floor(x / y), which has y's sign."""
-    return x % y
+    """Return x - y * floor(x / y), which has y's sign. RuntimeError for integers by 0, on the CPU."""
+    return _divided("remainder", operator.mod, x, y)
+
+
+def _divided(name: str, divide: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
+    """Divide, and refuse integers by 0, which NumPy only warns of; a GPU does not even know."""
+    if is_floating_point((x if hasattr(x, "dtype") else y).dtype):
+        return divide(x, y)
+    with np.errstate(divide="raise"):
+        try:
+            return divide(x, y)
+        except FloatingPointError:
+            raise RuntimeError(f"{name}: integers cannot be divided by 0 (y != 0)") from None
 
 
 @elementwise
@@ -74,24 +90,35 @@ def neg(x):
 
 @elementwise
 def abs(x):
-    """Return |x|; the derivative at 0 is 0."""
+    """Return |x|; the derivative at 0 is 0, and at nan nan."""
     return builtins.abs(x)
 
 
 @elementwise
 def sign(x):
     """Return -1, 0 or 1 by the sign of x, and nan for nan."""
-    return array_module(x).sign(x)
+    return x.copy() if x.dtype == bool_ else array_module(x).sign(x)
 
 
 def scaled_add(x: Any, y: Any, *, alpha: float = 1) -> Any:
-    """Return x + alpha * y."""
-    return add(x, y if alpha == 1 else alpha * y)
+    """Return x + alpha * y. Raises TypeError for a fractional alpha beside integers."""
+    return add(x, _scaled("add", x, y, alpha))
 
 
 def scaled_sub(x: Any, y: Any, *, alpha: float = 1) -> Any:
-    """Return x - alpha * y. Raises TypeError for two bools: use logical_xor or ^."""
-    return sub(x, y if alpha == 1 else alpha * y)
+    """Return x - alpha * y. Raises TypeError for two bools (use logical_xor or ^), and as `add` does."""
+    return sub(x, _scaled("sub", x, y, alpha))
+
+
+def _scaled(name: str, x: Any, y: Any, alpha: float) -> Any:
+    """Return alpha * y. Raises TypeError if that would make a sum of integers one of floats."""
+    if alpha == 1:
+        return y
+    if isinstance(alpha, float) and not is_floating_point(result_type(x, y)):
+        raise TypeError(
+            f"{name}: alpha must be an integer beside integers (isinstance(alpha, int)); got alpha={alpha}"
+        )
+    return alpha * y
 
 
 def quotient_of(x: Any, number: Any) -> Any:
@@ -124,7 +151,9 @@ def _trunc_divide(x, y):
     array = x if hasattr(x, "dtype") else y
     xp = array_module(array)
     # Without the remainder the division is exact, also for integers that no float holds.
-    return xp.trunc(x / y) if is_floating_point(array.dtype) else (x - xp.fmod(x, y)) // y
+    if is_floating_point(array.dtype):
+        return xp.trunc(x / y)
+    return _divided("div", lambda x, y: (x - xp.fmod(x, y)) // y, x, y)
 
 
 add.pullbacks(x=lambda grad: grad, y=lambda grad: grad)
@@ -132,6 +161,8 @@ sub.pullbacks(x=lambda grad: grad, y=lambda grad: -grad)
 rsub.pullbacks(x=lambda grad: -grad, y=lambda grad: grad)
 mul.pullbacks(x=lambda grad, y: grad * y, y=lambda grad, x: grad * x)
 div.pullbacks(x=lambda grad, y: grad / y, y=lambda grad, x, y: -grad * (x / y) / y)
+floor_divide.pullbacks(x=lambda grad: grad * 0, y=lambda grad: grad * 0)
+_trunc_divide.pullbacks(x=lambda grad: grad * 0, y=lambda grad: grad * 0)
 remainder.pullbacks(x=lambda grad: grad, y=lambda grad, x, y: -grad * floor(x / y))
 neg.pullbacks(x=lambda grad: -grad)
 abs.pullbacks(x=lambda grad, x: grad * sign(x))
@@ -199,10 +230,18 @@ def _power_times(grad: Any, x: Any, exponent: float) -> Any:
     return grad * (exponent * _pow_number(x, exponent=exponent - 1))
 
 
+def _power_by_exponent(grad: Any, x: Any, y: Any, out: Any) -> Any:
+    at_zero = x == 0
+    if hasattr(at_zero, "dtype"):
+        return grad * where(at_zero & (y >= 0), 0.0, out * _log_of(x))
+    # 0 to a negative power is infinite, and so is its slope.
+    return grad * (where(y >= 0, 0.0, -out) if at_zero else out * _log_of(x))
+
+
 _pow_number.pullbacks(x=_power_times)
 _pow.pullbacks(
     x=lambda grad, x, y: grad * where(y == 0, 0.0, y * _pow(x, y - 1)),
-    y=lambda grad, x, y, out: grad * where((out == 0) & (y >= 0), 0.0, out * _log_of(x)),
+    y=_power_by_exponent,
 )
 
 
@@ -218,8 +257,10 @@ def pow(x: Any, exponent: Any) -> Any:
     """Return x ** exponent, elementwise; either may be a number. The gradient by 0's exponent is 0."""
     if autocast_mode.dtype is not None:
         x, exponent = raised(x), raised(exponent)
-    number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
+    number = isinstance(exponent, (int, float))
     if number and hasattr(x, "dtype") and (isinstance(exponent, int) or is_floating_point(x.dtype)):
+        exponent = int(exponent) if isinstance(exponent, bool) else exponent
+        x = cast(x, dtype=int64) if x.dtype == bool_ else x
         if x.dtype.kind in "iu" and exponent < 0:
             raise RuntimeError(
                 "pow: integers to negative integer powers are not allowed; convert to a float dtype"
@@ -374,17 +415,18 @@ def _extreme(name: str, x: Any, y: Any) -> Any:
     return getattr(array_module(array), name)(x, y)
 
 
-def _half_of_ties(grad: Any, wins: Any, ties: Any) -> Any:
-    return where(ties, grad * 0.5, where(wins, grad, 0.0))
+def _half_of_ties(grad: Any, loses: Any, ties: Any) -> Any:
+    # Beside a nan neither loses, and both get the gradient, as in PyTorch.
+    return where(ties, grad * 0.5, where(loses, 0.0, grad))
 
 
 maximum.pullbacks(
-    x=lambda grad, x, y: _half_of_ties(grad, x > y, x == y),
-    y=lambda grad, x, y: _half_of_ties(grad, y > x, x == y),
-)
-minimum.pullbacks(
     x=lambda grad, x, y: _half_of_ties(grad, x < y, x == y),
     y=lambda grad, x, y: _half_of_ties(grad, y < x, x == y),
+)
+minimum.pullbacks(
+    x=lambda grad, x, y: _half_of_ties(grad, x > y, x == y),
+    y=lambda grad, x, y: _half_of_ties(grad, y > x, x == y),
 )
 
 
@@ -406,7 +448,13 @@ def _select(condition: Any, x: Any, y: Any) -> Any:
     xp = array_module(array)
     with on_device_of(array):
         x, y = (v if hasattr(v, "dtype") else xp.full((), v, array.dtype) for v in (x, y))
-    return _where(x, y, condition=array_of(condition))
+    try:
+        return _where(x, y, condition=array_of(condition))
+    except ValueError:
+        raise ValueError(
+            "where: condition and both branches must broadcast together; got condition.shape="
+            f"{tuple(condition.shape)}, x.shape={tuple(x.shape)}, y.shape={tuple(y.shape)}"
+        ) from None
 
 
 def where(condition: Any, x: Any = None, y: Any = None) -> Any:
@@ -456,10 +504,18 @@ def clamp(x: Any, min: Any = None, max: Any = None) -> Any:
         if bound is not None:
             x, _ = conform("clamp", x, bound)
     if not hasattr(min, "dtype") and not hasattr(max, "dtype"):
-        return _clamp(x, min=min, max=max)
+        return _clamp(x, min=_representable(min, x.dtype), max=_representable(max, x.dtype))
+    # A bound that is nan makes nan.
     if min is not None:
-        x = where(x < min, min, x)
-    return x if max is None else where(x > max, max, x)
+        x = where((x < min) | (min != min), min, x)
+    return x if max is None else where((x > max) | (max != max), max, x)
+
+
+def _representable(bound: Any, dtype: Any) -> Any:
+    """Return the bound, and if integers of `dtype` do not reach it the last one that they do."""
+    if bound is None or dtype.kind not in "iu":
+        return bound
+    return np.clip(bound, np.iinfo(dtype).min, np.iinfo(dtype).max).item()
 
 
 # ---- comparisons and logic -----------------------------------------------------------------------
@@ -519,7 +575,7 @@ def bitwise_xor(x, y):
     return x ^ y
 
 
-@operation
+@elementwise
 def bitwise_not(x):
     """Return ~x for integers and bools."""
     return ~x
@@ -573,12 +629,26 @@ def _isclose(x, y, *, rtol, atol, equal_nan):
 
 
 def isclose(x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> Any:
-    """Return whether |x - y| <= atol + rtol * |y|, elementwise. Raises TypeError unless dtypes agree."""
+    """Return whether |x - y| <= atol + rtol * |y|, elementwise.
+
+    Raises TypeError unless dtypes agree, ValueError for a negative tolerance.
+    """
     if x.dtype != y.dtype:
         raise TypeError(
             f"isclose: x and y must have one dtype; got x.dtype={x.dtype}, y.dtype={y.dtype}"
         )
-    return _isclose(x, y, rtol=rtol, atol=atol, equal_nan=equal_nan)
+    if not (rtol >= 0 and atol >= 0):
+        raise ValueError(
+            "isclose: tolerances must not be negative (rtol >= 0 and atol >= 0); "
+            f"got rtol={rtol}, atol={atol}"
+        )
+    try:
+        return _isclose(x, y, rtol=rtol, atol=atol, equal_nan=equal_nan)
+    except ValueError:
+        raise ValueError(
+            "isclose: shapes must broadcast together; "
+            f"got x.shape={tuple(x.shape)}, y.shape={tuple(y.shape)}"
+        ) from None
 
 
 def allclose(

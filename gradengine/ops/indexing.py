@@ -75,7 +75,7 @@ def _positions(array: Any, axes: Axes, index: Index) -> Any:
     # The indexed dims come where the first axis was if the axes are neighbours, else in front.
     place = axes[0] if axes[-1] - axes[0] == len(axes) - 1 else 0
     others = [axis for axis in range(len(shape)) if axis not in axes]
-    positions = chosen.reshape(*chosen.shape, *[1] * (len(others) - place))
+    positions = chosen.reshape((*chosen.shape, *[1] * (len(others) - place)))
     for rank, axis in enumerate(others):
         behind = len(others) - 1 - rank + (chosen.ndim if rank < place else 0)
         positions = positions + (xp.arange(shape[axis]) * steps[axis]).reshape(-1, *[1] * behind)
@@ -244,17 +244,29 @@ def getitem(x: Any, index: Any) -> Any:
     Integers and slices (of any step) give a view; masks and tensors give a copy, after the rest of
     the index has been applied, as in PyTorch. Raises IndexError for what lies outside x.
     """
-    if type(index) is int:
-        return slices(x, index=(index, ...), label="SelectBackward0")
-    plan = _planned(x, index)
-    label = _basic_label(plan.basic)
-    if label is not None or not plan.axes:
-        trivial = "SliceBackward0" if slice(None) in plan.basic else "AliasBackward0"
-        x = slices(x, index=plan.basic, label=label or trivial)
-    if not plan.axes:
-        return x
-    return _pick(
-        x, axes=plan.axes, index=_kept(plan.arrays, x), unique=plan.unique, label="IndexBackward0"
+    try:
+        if type(index) is int:
+            return slices(x, index=(index, ...), label="SelectBackward0")
+        plan = _planned(x, index)
+        label = _basic_label(plan.basic)
+        if label is not None or not plan.axes:
+            trivial = "SliceBackward0" if slice(None) in plan.basic else "AliasBackward0"
+            x = slices(x, index=plan.basic, label=label or trivial)
+        if not plan.axes:
+            return x
+        index = _kept(plan.arrays, x)
+        return _pick(x, axes=plan.axes, index=index, unique=plan.unique, label="IndexBackward0")
+    except IndexError as error:
+        raise _index_error("getitem", error, x) from None
+
+
+def _index_error(name: str, error: IndexError, x: Any) -> IndexError:
+    """Return an error of an index in our words, or NumPy's and CuPy's words with the operation's name."""
+    words = str(error)
+    return (
+        error
+        if words.startswith("getitem: ")
+        else IndexError(f"{name}: {words}; got x.shape={tuple(x.shape)}")
     )
 
 
@@ -264,11 +276,18 @@ def _kept(index: Index, *inputs: Any) -> Index:
 
 def _store(array: Any, plan: _Plan, value: Any) -> None:
     """Write into an array what an index names."""
-    part = array[plan.basic]
-    if settings.general.deterministic and not plan.unique and np.ndim(value):
-        _store_in_order(part, plan, value)
-        return
-    key = _key(part.ndim, plan.axes, plan.arrays) if plan.axes else ...
+    try:
+        part = array[plan.basic]
+        if settings.general.deterministic and not plan.unique and np.ndim(value):
+            _store_in_order(part, plan, value)
+            return
+        key = _key(part.ndim, plan.axes, plan.arrays) if plan.axes else ...
+        _put_values(part, key, value)
+    except IndexError as error:
+        raise _index_error("setitem", error, array) from None
+
+
+def _put_values(part: Any, key: Any, value: Any) -> None:
     try:
         part[key] = value
     except ValueError:
@@ -406,6 +425,8 @@ def gather(x: Any, dim: int, index: Any) -> Any:
     from dim. Raises IndexError for others, TypeError for an index that is not of integers.
     """
     index = _index_array("gather", x, index)
+    if x.ndim == 0 == index.ndim:
+        return reshape(gather(reshape(x, (1,)), dim, index.reshape(1)), ())
     dim = _gathered_dim("gather", x, dim, index)
     index = kept_for_backward(index, x)
     return _pick(x, **_along(x.ndim, dim, index), unique=False, label="GatherBackward0")
@@ -448,6 +469,8 @@ def take(x: Any, indices: Any) -> Any:
 
 def index_select(x: Any, dim: int, index: Any) -> Any:
     """Return the places `index`, a 1-D integer tensor, of x along `dim`."""
+    if x.ndim == 0:
+        return reshape(index_select(reshape(x, (1,)), dim, index), ())
     index, dim = _line("index_select", x, dim, index)
     index = kept_for_backward(index, x)
     return _pick(x, axes=(dim,), index=(index,), unique=False, label="IndexSelectBackward0")
@@ -509,6 +532,9 @@ def scatter(x: Any, dim: int, index: Any, src: Any) -> Any:
     `gather`. Where a place is named twice, which element it gets is not defined.
     """
     index = _index_array("scatter", x, index)
+    if x.ndim == 0 == index.ndim:
+        src = reshape(src, (1,)) if hasattr(src, "dtype") else src
+        return reshape(scatter(reshape(x, (1,)), dim, index.reshape(1), src), ())
     dim = _gathered_dim("scatter", x, dim, index)
     if hasattr(src, "dtype"):
         _check_same_dtype("scatter", x, src)
@@ -526,6 +552,9 @@ def scatter_add(x: Any, dim: int, index: Any, src: Any) -> Any:
     `use_deterministic_algorithms`.
     """
     index = _index_array("scatter_add", x, index)
+    if x.ndim == 0 == index.ndim:
+        row = reshape(x, (1,)), dim, index.reshape(1), reshape(src, (1,))
+        return reshape(scatter_add(*row), ())
     dim = _gathered_dim("scatter_add", x, dim, index)
     if autocast_mode.dtype is not None:
         x, src = widest(x, src)
@@ -540,6 +569,11 @@ def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) ->
 
     `index` is 1-D; `source`, of x's dtype, has x's shape but for dim, where it has index's size.
     """
+    if isinstance(alpha, float) and x.dtype.kind in "biu":
+        raise TypeError(
+            "index_add: alpha must be an integer beside integers (isinstance(alpha, int)); "
+            f"got alpha={alpha}, x.dtype={x.dtype}"
+        )
     index, dim = _line("index_add", x, dim, index)
     _check_same_dtype("index_add", x, source)
     if tuple(source.shape) != (*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :]):
@@ -557,8 +591,17 @@ def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: float = 1) ->
 
 @operation
 def _masked_fill(x, value, *, mask):
-    value = value.astype(x.dtype) if hasattr(value, "dtype") else x.dtype.type(value)
+    value = value.astype(x.dtype) if hasattr(value, "dtype") else _as_element(value, x.dtype)
     return narrowed(array_module(x).where(mask, value, x), x.dtype)
+
+
+def _as_element(value: Any, dtype: np.dtype[Any]) -> Any:
+    try:
+        return dtype.type(value)
+    except (ValueError, OverflowError):  # nan, or too large
+        raise ValueError(
+            f"masked_fill: value must fit into x's dtype; got value={value}, x.dtype={dtype}"
+        ) from None
 
 
 _masked_fill.pullbacks(

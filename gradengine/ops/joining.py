@@ -112,7 +112,8 @@ def _split(x: Any, dim: int, sizes: Sequence[int], label: str) -> tuple[Any, ...
 def split(x: Any, split_size_or_sections: Any, dim: int = 0) -> tuple[Any, ...]:
     """Return views that divide x along `dim`: of one size, the last maybe smaller, or of several.
 
-    Raises ValueError for a size below 1, or sizes that do not add up to the dim's.
+    Raises ValueError for a size below 1 (of an empty dim, below 0), or sizes that do not add up to
+    the dim's.
     """
     dim = normalized_dim("split", dim, x.ndim)
     total = x.shape[dim]
@@ -125,22 +126,26 @@ def split(x: Any, split_size_or_sections: Any, dim: int = 0) -> tuple[Any, ...]:
             )
         return _split(x, dim, sizes, "SplitWithSizesBackward0")
     size = split_size_or_sections
-    if size < 1:
+    if size < (1 if total else 0):
         raise ValueError(f"split: the size of the pieces must be positive; got split_size={size}")
     return _split(x, dim, _even_sizes(total, size), "SplitBackward0")
 
 
 def _even_sizes(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)] or [0]
+    return [min(size, total - start) for start in range(0, total, max(size, 1))] or [0]
 
 
 def chunk(x: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
-    """Return views of at most `chunks` equal pieces of x along `dim`, the last maybe smaller."""
+    """Return views of at most `chunks` equal pieces of x along `dim`, the last maybe smaller.
+
+    Of an empty dim all `chunks` pieces are empty.
+    """
     if chunks < 1:
         raise ValueError(f"chunk: chunks must be positive; got chunks={chunks}")
     dim = normalized_dim("chunk", dim, x.ndim)
-    size = max(1, -(-x.shape[dim] // chunks))
-    return _split(x, dim, _even_sizes(x.shape[dim], size), "SplitBackward0")
+    total = x.shape[dim]
+    sizes = _even_sizes(total, -(-total // chunks)) if total else [0] * chunks
+    return _split(x, dim, sizes, "SplitBackward0")
 
 
 def unbind(x: Any, dim: int = 0) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import warnings
 from typing import Any
 
@@ -11,8 +12,8 @@ from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, check_same_device, on_device_of
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
-from gradengine.operation import array_of, operation, raised
-from gradengine.ops.activation import log_softmax, logsigmoid, softmax
+from gradengine.operation import array_of, elementwise, operation, raised
+from gradengine.ops.activation import hardtanh, log_softmax, logsigmoid, softmax
 from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.elementwise import abs, square, where
 from gradengine.ops.reduction import mean, sum
@@ -144,6 +145,10 @@ def _class_scale(
     name: str, input: Any, target: Any, weight: Any, ignore_index: int
 ) -> tuple[Any, Any]:
     """Return target, with class 0 where ignored, and its elements' weights."""
+    if getattr(weight, "requires_grad", False):
+        raise RuntimeError(
+            f"{name}: weight has no derivative, so it must not require grad; pass weight.detach()"
+        )
     target, weight = array_of(target), array_of(weight)
     _check_classes(name, input, target, weight)
     classes = input.shape[min(1, input.ndim - 1)]
@@ -280,6 +285,17 @@ def l1_loss(input: Any, target: Any, reduction: str = "mean") -> Any:
     return _reduced(abs(_difference("l1_loss", input, target, reduction)), reduction)
 
 
+@elementwise(floating=True)
+def _huber(x, *, bound):
+    """Return x * x / 2 where |x| <= bound, and bound * (|x| - bound / 2) elsewhere."""
+    distance = builtins.abs(x)
+    near = array_module(x).minimum(distance, bound)  # of what lies far, the square may overflow
+    return near * (distance - 0.5 * near)
+
+
+_huber.pullbacks(x=lambda grad, x, bound: grad * hardtanh(x, -bound, bound))
+
+
 def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float = 1.0) -> Any:
     """Return d * d / (2 * beta) where d = |input - target| < beta, and d - beta / 2 elsewhere.
 
@@ -290,9 +306,8 @@ def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float
         raise ValueError(f"smooth_l1_loss: beta must not be negative (beta >= 0); got beta={beta}")
     if beta == 0:
         return l1_loss(input, target, reduction)
-    distance = abs(_difference("smooth_l1_loss", input, target, reduction))
-    near = square(distance) * (0.5 / beta)
-    return _reduced(where(distance < beta, near, distance - 0.5 * beta), reduction)
+    distance = _difference("smooth_l1_loss", input, target, reduction)
+    return _reduced(_huber(distance, bound=beta) / beta, reduction)
 
 
 def huber_loss(input: Any, target: Any, reduction: str = "mean", delta: float = 1.0) -> Any:
@@ -302,9 +317,8 @@ def huber_loss(input: Any, target: Any, reduction: str = "mean", delta: float = 
     """
     if delta <= 0:
         raise ValueError(f"huber_loss: delta must be positive (delta > 0); got delta={delta}")
-    distance = abs(_difference("huber_loss", input, target, reduction))
-    near, far = square(distance) * 0.5, (distance - 0.5 * delta) * delta
-    return _reduced(where(distance <= delta, near, far), reduction)
+    distance = _difference("huber_loss", input, target, reduction)
+    return _reduced(_huber(distance, bound=delta), reduction)
 
 
 def binary_cross_entropy_with_logits(

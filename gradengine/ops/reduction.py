@@ -128,6 +128,8 @@ _cumsum.pullbacks(x=lambda grad, dim, reverse: _cumsum(grad, dim=dim, reverse=no
 @numpy_spelled
 def cumsum(x: Any, dim: int, dtype: Any = None) -> Any:
     """Return running sums along `dim`, int64 for integers and bools; `dtype` converts x first."""
+    if x.ndim == 0:
+        return reshape(cumsum(reshape(x, (1,)), dim, dtype), ())
     if dtype is not None:
         x = to_dtype(x, dtype)
     elif autocast_mode.dtype is not None:
@@ -180,6 +182,8 @@ _std.pullbacks(x=_std_gradient)
 def _degrees(name: str, x: Any, dim: Any, unbiased: bool, correction: float | None) -> Any:
     """Return the dims and the correction, after the checks that var and std share."""
     _check_float(name, x)
+    if isinstance(dim, bool):  # PyTorch's var(x, unbiased)
+        dim, unbiased = None, dim
     dims = _reduced_dims(name, dim, x.ndim)
     correction = int(unbiased) if correction is None else correction
     if correction >= _count(x.shape, dims):
@@ -203,8 +207,8 @@ def var(
 ) -> Any:
     """Return the variance over `dim`: squared distances from the mean, over count - correction.
 
-    `correction` is 1, or 0 if not `unbiased`, unless it is given. Warns where the divisor is not
-    positive. Raises TypeError unless x is floating.
+    `correction` is 1, or 0 if not `unbiased`, unless it is given; a bool in place of `dim` is `unbiased`.
+    Warns where the divisor is not positive. Raises TypeError unless x is floating.
     """
     dims, correction = _degrees("var", x, dim, unbiased, correction)
     return _var(x, dim=dims, correction=correction, keepdim=keepdim)
@@ -317,7 +321,8 @@ def amin(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
 
 
 def _place(name: str, locate: Any, x: Any, dim: int | None, keepdim: bool) -> Any:
-    dims = None if dim is None or x.ndim == 0 else (normalized_dim(name, dim, x.ndim),)
+    dims = None if dim is None else (normalized_dim(name, dim, builtins.max(x.ndim, 1)),)
+    dims = dims if x.ndim else None
     _check_not_empty(name, x, dims)
     place = locate(x, dim=None if dims is None else dims[0])
     return reshape(place, _kept_shape(x.shape, dims)) if keepdim else place
@@ -467,6 +472,8 @@ def logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
 @operation(label="LinalgVectorNormBackward0")
 def _norm(x, *, p, dim, keepdim):
     wide = x.astype(sum_dtype(x.dtype), copy=False)
+    if p == 0:
+        return (x != 0).sum(axis=dim, keepdims=keepdim).astype(x.dtype)
     if p == 2:
         total = (wide * wide).sum(axis=dim, keepdims=keepdim)
         return array_module(x).sqrt(total).astype(x.dtype)
@@ -475,7 +482,9 @@ def _norm(x, *, p, dim, keepdim):
 
 
 def _norm_gradient(grad: Any, x: Any, out: Any, p: float, dim: Dims) -> Any:
-    """Return x |x|^(p-2) grad / out^(p-1), and 0 where x is 0."""
+    """Return x |x|^(p-2) grad / out^(p-1), and 0 where x is 0, or everywhere for p = 0."""
+    if p == 0:
+        return _unreduce(grad * 0, dim=dim, shape=x.shape)
     if p == 2:
         return x * _unreduce(grad / where(out == 0, math.inf, out), dim=dim, shape=x.shape)
     power = pow(abs(where(x == 0, 1.0, x)), p - 1)
@@ -505,8 +514,8 @@ def norm(x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False) -> Any:
         return amax(abs(x), dims, keepdim)
     if p == -math.inf:
         return amin(abs(x), dims, keepdim)
-    if p == 0:
-        return sum(cast(x != 0, dtype=x.dtype), dims, keepdim)
+    if p < 0:
+        _check_not_empty("norm", x, dims)
     if p == 1:
         return sum(abs(x), dims, keepdim)
     return _norm(x, p=p, dim=dims, keepdim=keepdim)

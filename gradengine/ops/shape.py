@@ -34,6 +34,8 @@ def reshape(x: Any, shape: Any) -> Any:
     Raises ValueError if the sizes do not multiply to the number of elements.
     """
     shape = as_tuple(shape)
+    if min(shape, default=0) < -1:  # NumPy takes any negative size for -1
+        raise _invalid_shape("reshape", shape, x.shape)
     try:
         return _reshape(x, shape=shape, label="ViewBackward0")
     except ValueError:
@@ -67,6 +69,8 @@ def view(x: Any, shape: Any) -> Any:
     Raises ValueError if the sizes do not fit, RuntimeError if x's strides would need a copy.
     """
     shape = as_tuple(shape)
+    if min(shape, default=0) < -1:
+        raise _invalid_shape("view", shape, x.shape)
     try:
         return _view(x, shape=shape)
     except ValueError:
@@ -78,15 +82,15 @@ def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
 
     Raises ValueError if start_dim comes after end_dim.
     """
-    if x.ndim == 0:
-        return reshape(x, (1,))
-    start = normalized_dim("flatten", start_dim, x.ndim)
-    end = normalized_dim("flatten", end_dim, x.ndim)
+    start = normalized_dim("flatten", start_dim, max(x.ndim, 1))  # a number is a row of one
+    end = normalized_dim("flatten", end_dim, max(x.ndim, 1))
     if start > end:
         raise ValueError(
             "flatten: start_dim must not come after end_dim (start_dim <= end_dim); "
             f"got start_dim={start_dim}, end_dim={end_dim}, ndim={x.ndim}"
         )
+    if x.ndim == 0:
+        return reshape(x, (1,))
     if start == end:
         return x
     size = math.prod(x.shape[start : end + 1])
@@ -106,8 +110,9 @@ def unflatten(x: Any, dim: int, sizes: Any) -> Any:
     dim = normalized_dim("unflatten", dim, x.ndim)
     sizes = tuple(sizes)
     known = math.prod(size for size in sizes if size != -1)
-    fits = x.shape[dim] % known == 0 if sizes.count(-1) == 1 and known else known == x.shape[dim]
-    if not fits or sizes.count(-1) > 1:
+    unknown = sizes.count(-1)
+    fits = known > 0 == x.shape[dim] % known if unknown and known else known == x.shape[dim]
+    if not fits or unknown > 1 or (unknown and not known):
         raise ValueError(
             "unflatten: sizes must multiply to the size of dim (prod(sizes) == x.shape[dim]); "
             f"got sizes={sizes}, x.shape[{dim}]={x.shape[dim]}"
@@ -155,7 +160,7 @@ def permute(x: Any, dims: Any) -> Any:
     Raises ValueError unless each axis is named once.
     """
     order = normalized_dims("permute", dims, x.ndim)
-    if len(order) != x.ndim:
+    if len(as_tuple(dims)) != x.ndim:
         raise ValueError(
             "permute: dims must name each of x's dims once (len(dims) == ndim); "
             f"got dims={dims}, ndim={x.ndim}"
@@ -248,12 +253,16 @@ def broadcast_tensors(*tensors: Any) -> tuple[Any, ...]:
 def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Any, ...]:
     """Return the coordinates of a grid: one tensor for each 1-D or 0-d input, all of one shape.
 
-    `indexing` is "ij" (matrix order) or "xy" (the first two dims swapped); others raise ValueError.
+    `indexing` is "ij" (matrix order) or "xy" (the first two dims swapped). Raises ValueError for
+    another, and for inputs of more dims.
     """
     if indexing not in ("ij", "xy"):
         raise ValueError(f'meshgrid: indexing must be "ij" or "xy"; got indexing={indexing!r}')
     if len(tensors) == 1 and isinstance(tensors[0], Sequence):
         tensors = tuple(tensors[0])
+    if any(x.ndim > 1 for x in tensors):
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        raise ValueError(f"meshgrid: inputs must be 1-D or 0-d (x.ndim <= 1); got shapes {shapes}")
     lines = [reshape(x, (-1,)) for x in tensors]
     places = list(range(len(lines)))
     if indexing == "xy" and len(lines) > 1:
@@ -290,13 +299,14 @@ _sum_repeats.pullbacks(
 def repeat(x: Any, repeats: Any) -> Any:
     """Return x copied repeats[i] times along dim i; more repeats than dims add leading dims.
 
-    Raises ValueError for fewer repeats than dims.
+    Raises ValueError for fewer repeats than dims, and for negative ones.
     """
     repeats = as_tuple(repeats)
     added = len(repeats) - x.ndim
-    if added < 0:
+    if added < 0 or min(repeats, default=0) < 0:
         raise ValueError(
-            "repeat: there must be a number of repeats for each dim (len(repeats) >= ndim); "
+            "repeat: there must be a number of repeats for each dim "
+            "(len(repeats) >= ndim, min(repeats) >= 0); "
             f"got repeats={repeats}, ndim={x.ndim}"
         )
     if added:
@@ -339,12 +349,14 @@ _roll.pullbacks(
 def roll(x: Any, shifts: Any, dims: Any = None) -> Any:
     """Return x with places moved on by `shifts` along `dims`, the last coming back in at the front.
 
-    Without dims, x is rolled as if it were flat. Raises ValueError unless each dim has one shift.
+    Without dims, x is rolled as if it were flat. Shifts of one dim add up. Raises ValueError unless
+    each dim has one shift.
     """
     shifts = as_tuple(shifts)
     if dims is None and len(shifts) == 1:
         return reshape(_roll(ravel(x), shifts=shifts, dims=(0,)), x.shape)
-    places = () if dims is None else normalized_dims("roll", dims, x.ndim)
+    named = () if dims is None else as_tuple(dims)
+    places = tuple([normalized_dim("roll", dim, x.ndim) for dim in named])
     if len(shifts) != len(places):
         raise ValueError(
             f"roll: there must be one shift for each dim; got shifts={shifts}, dims={dims}"

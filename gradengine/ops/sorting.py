@@ -66,7 +66,7 @@ def sort(x: Any, dim: int = -1, descending: bool = False, stable: bool = False) 
 def argsort(x: Any, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
     """Return the int64 indices that `sort` returns."""
     if x.ndim == 0:
-        return reshape(_argsort(reshape(x, (1,)), dim=0, descending=descending), ())
+        return reshape(argsort(reshape(x, (1,)), dim, descending), ())
     dim = normalized_dim("argsort", dim, x.ndim)
     return _argsort(x, dim=dim, descending=descending)
 
@@ -76,6 +76,10 @@ def topk(x: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = Tru
 
     They come in order, whether `sorted` or not. Raises ValueError unless 0 <= k <= x.shape[dim].
     """
+    if x.ndim == 0:
+        values, indices = topk(reshape(x, (1,)), k, dim, largest)
+        shape = () if k == 1 else (0,)
+        return ValuesIndices(reshape(values, shape), reshape(indices, shape))
     dim = normalized_dim("topk", dim, x.ndim)
     if not 0 <= k <= x.shape[dim]:
         raise ValueError(

@@ -64,8 +64,10 @@ def test_bad_options_are_refused():
         ValueError, match=r"gelu: approximate must be 'none' or 'tanh'; got .*'erf'"
     ):
         gelu(x, approximate="erf")
-    with pytest.raises(ValueError, match=r"hardtanh: .*min_val < max_val.*got min_val=1"):
-        hardtanh(x, 1, 1)
+    with pytest.raises(ValueError, match=r"hardtanh: .*min_val <= max_val.*got min_val=1"):
+        hardtanh(x, 1, 0.5)
+    with pytest.raises(TypeError, match="hardtanh: not defined for bools"):
+        hardtanh(x > 0)
 
 
 @pytest.mark.parametrize("function", [softmax, log_softmax])

@@ -340,3 +340,33 @@ def test_arrays_in_arrays_out() -> None:
     assert type(ops.getitem(x, (0, 0))) is np.ndarray
     assert type(ops.gather(x, 0, np.zeros((1, 3), int))) is np.ndarray
     assert type(ops.masked_fill(x, x > 0, 1)) is np.ndarray
+
+
+def test_an_index_that_does_not_fit_is_named():
+    x = ge.ones(3, 4, device="cpu")
+    for index, words in [
+        (5, "out of bounds"),
+        ((0, 0, 0), "too many indices"),
+        ((..., ..., 0), "single ellipsis"),
+        (ge.tensor([3], device="cpu"), "out of bounds"),
+    ]:
+        with pytest.raises(IndexError, match=f"getitem: .*{words}.*got x.shape="):
+            x[index]
+        with pytest.raises(IndexError, match=f"setitem: .*{words}.*got x.shape="):
+            x[index] = 1.0
+
+
+def test_a_value_that_does_not_fit_is_named():
+    x, mask = ge.ones(2, dtype=ge.int64, device="cpu"), ge.tensor([True, False], device="cpu")
+    with pytest.raises(
+        ValueError, match="masked_fill: value must fit into x's dtype; got value=nan"
+    ):
+        ge.masked_fill(x, mask, float("nan"))
+    with pytest.raises(TypeError, match="index_add: alpha must be an integer beside integers"):
+        ge.index_add(x, 0, ge.tensor([0], device="cpu"), x[:1], alpha=0.5)
+
+
+def test_the_gradient_of_taking_one_element():
+    x = ge.tensor([1.0, 2.0, 3.0], device="cpu", requires_grad=True)
+    ge.take(x, ge.tensor(1, device="cpu")).backward()
+    assert x.grad.tolist() == [0, 1, 0]

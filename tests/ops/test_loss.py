@@ -220,3 +220,17 @@ def test_strange_scores_give_what_they_did():
         losses.sum().backward()
         expected = [[np.nan] * 2] * 3 + [[0, 0]] * 2
         np.testing.assert_array_equal(x.grad.numpy(), expected)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, nll_loss])
+def test_class_weights_must_not_require_grad(loss):
+    weight = ge.ones(4, device="cpu", requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"{loss.__name__}: weight has no derivative.*detach"):
+        loss(scores(), classes(0, 1, 2), weight)
+
+
+@pytest.mark.parametrize("loss", [huber_loss, smooth_l1_loss])
+def test_an_infinite_distance_has_a_finite_gradient(loss):
+    x = ge.tensor([math.inf, -math.inf, 1e30], device="cpu", requires_grad=True)
+    loss(x, ge.zeros(3, device="cpu"), reduction="sum").backward()
+    assert x.grad.tolist() == [1, -1, 1]

@@ -244,3 +244,15 @@ def test_scalars_reduce_to_scalars() -> None:
 def test_arrays_in_arrays_out() -> None:
     assert type(ops.sum(np.ones((2, 3)), 0)) is np.ndarray
     assert type(ops.max(np.ones((2, 3)), 0).values) is np.ndarray
+
+
+def test_a_bool_in_place_of_dim_is_unbiased() -> None:
+    x = tensor([[1.0, 2.0], [4.0, 8.0]])
+    assert ge.var(x, False).item() == ge.var(x, unbiased=False).item()
+    assert ge.std(x, True).item() == ge.std(x).item()
+
+
+def test_the_count_of_nonzeros_as_a_norm_has_a_gradient_of_zero() -> None:
+    assert gradient(lambda x: ge.norm(x, 0), [1.0, 0.0, 3.0]).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="norm: the reduced dims must have non-zero size"):
+        ge.norm(tensor([]), -1)

@@ -223,7 +223,8 @@ def test_two_splits_of_one_tensor_add_up() -> None:
 def test_empty_dims() -> None:
     empty = tensor(0, 3)
     assert [piece.shape for piece in empty.split(2)] == [(0, 3)]
-    assert [piece.shape for piece in empty.chunk(2)] == [(0, 3)]
+    assert [piece.shape for piece in empty.split(0)] == [(0, 3)]
+    assert [piece.shape for piece in empty.chunk(2)] == [(0, 3)] * 2
     assert empty.unbind() == ()
     assert empty.repeat(2, 0).shape == (0, 0)
     assert X[:, :0].flatten().shape == (0,)
@@ -276,3 +277,42 @@ def test_other_spellings() -> None:
         [grid.numpy() for grid in ops.meshgrid([line, line])],
         np.meshgrid([0, 1], [0, 1], indexing="ij"),
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x: x.reshape(-2), ValueError, "reshape: shape is invalid"),
+        (lambda x: x.view(-2), ValueError, "view: shape is invalid"),
+        (lambda x: x.repeat(2, -1), ValueError, "repeat: .*min.repeats. >= 0"),
+        (lambda x: ge.meshgrid(x, x), ValueError, "meshgrid: inputs must be 1-D or 0-d"),
+        (lambda x: x[:0].unflatten(0, (0, -1)), ValueError, "unflatten: sizes must multiply"),
+        (lambda x: ge.permute(x.sum(), (0,)), ValueError, "permute: dims must name each"),
+        (lambda x: x.sum().sum((0, -1)), ValueError, "sum: a dim must not appear twice"),
+        (lambda x: x.sum().flatten(1), IndexError, "flatten: dim must be in"),
+        (lambda x: x.sum().argmax(1), IndexError, "argmax: dim must be in"),
+    ],
+)
+def test_more_refusals(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call(tensor(2, 3))
+
+
+def test_shifts_of_one_dim_add_up() -> None:
+    x = tensor(4)
+    assert x.roll((1, 2), (0, 0)).tolist() == x.roll(3, 0).tolist()
+
+
+def test_a_number_is_a_row_of_one() -> None:
+    x, place = ge.tensor(2.0, device="cpu", requires_grad=True), ge.tensor(0, device="cpu")
+    results = [
+        x.cumsum(0),
+        x.topk(1).values,
+        ge.gather(x, 0, place),
+        ge.index_select(x, 0, place),
+        ge.scatter_add(x, 0, place, x),
+    ]
+    assert [y.shape for y in results] == [()] * 5
+    sum(results[1:], results[0]).backward()
+    assert x.grad.item() == 6
+    assert ge.scatter(x, 0, place, 3.0).item() == 3
