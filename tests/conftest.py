@@ -75,3 +75,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
     if item.get_closest_marker("pytorch") and find_spec("torch") is None:
         pytest.skip("PyTorch is not installed")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many things agree with PyTorch, where they were compared (tests/beside_pytorch)."""
+    noted = [
+        pair
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for pair in report.user_properties
+    ]
+    totals = {
+        name: sum(value for key, value in noted if key == name)
+        for name in ("calls beside PyTorch", "agreements")
+    }
+    if totals["agreements"]:
+        listed = sum(name == "listed difference" for name, _ in noted)
+        terminalreporter.write_line(
+            f"beside PyTorch: {totals['agreements']} values, derivatives and refusals of "
+            f"{totals['calls beside PyTorch']} calls agree; {listed} differ, as listed with the reasons"
+        )
