@@ -16,6 +16,10 @@ from tests.emulator.fixtures import emulated_cuda  # noqa: F401 - a fixture of a
 
 # How long an example takes depends on what else the machine does: no test is about time.
 hypothesis.settings.register_profile("gradengine", hypothesis.settings(), deadline=None)
+# Some thousands of random programs: pytest --hypothesis-profile=thorough
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings(), deadline=None, max_examples=1500
+)
 hypothesis.settings.load_profile("gradengine")
 
 
