@@ -55,13 +55,20 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
+def finish(process: subprocess.Popen[str], timeout: int = 100) -> tuple[str, str]:
+    """Return what is left of the program's output and errors; one that takes too long is ended."""
+    with process:  # closes its pipes, which a later test would be blamed for
+        try:
+            return process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
 def run(*arguments: str | Path) -> str:
     """Run the program to its end and return what it printed."""
     process = start(*arguments)
-    try:
-        output, errors = process.communicate(timeout=280)
-    finally:
-        process.kill()
+    output, errors = finish(process, timeout=280)
     # The first process on a machine says that it compiles.
     others = [line for line in errors.splitlines() if not line.startswith("gradengine: compiling")]
     assert (process.returncode, others) == (0, [])
@@ -173,7 +180,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     while not process.stdout.readline().startswith(moment):
         assert process.poll() is None, process.communicate()
     process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=100)
+    _, errors = finish(process)
     resume = f"--resume --out {shlex.quote(str(out))} --device cpu"
     if signal_number == signal.SIGINT:
         command = f"python -m gradengine.examples.finetune {resume}"
@@ -259,7 +266,7 @@ def test_bad_input_is_one_line(
 
 def test_bad_input_ends_the_process_with_status_2(tmp_path: Path) -> None:
     process = start("--data", tmp_path / "nowhere", "--out", tmp_path / "out")
-    output, errors = process.communicate(timeout=100)
+    output, errors = finish(process)
     assert (process.returncode, output) == (2, "")
     assert errors.count("\n") == 1
 
