@@ -7,6 +7,7 @@ import io
 import subprocess
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -148,14 +149,20 @@ def upward(module: str, name: str) -> Iterator[str]:
         yield f"layer {layer(module)} imports layer {layer(target)}"
 
 
-def code_lines(source: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Count the lines of a function that hold code: no docstring, comments or empty lines."""
+@cache
+def lines_without_comments(source: str) -> frozenset[int]:
     ignored = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in ignored:
             lines.update(range(token.start[0], token.end[0] + 1))
-    lines.intersection_update(range(function.lineno, (function.end_lineno or 0) + 1))
+    return frozenset(lines)
+
+
+def code_lines(source: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count the lines of a function that hold code: no docstring, comments or empty lines."""
+    lines = set(range(function.lineno, (function.end_lineno or 0) + 1))
+    lines &= lines_without_comments(source)
     if ast.get_docstring(function) is not None:
         text = function.body[0]
         lines.difference_update(range(text.lineno, (text.end_lineno or 0) + 1))
