@@ -258,7 +258,8 @@ class _Convolution:
         self.geometry = conv2d_geometry(*self.shapes, stride, kernel // 2, 1, 1)
         sizes_of = [int(np.prod(s)) for s in (*self.shapes, self.geometry.output_shape)]
         self.flop = 2.0 * sizes_of[2] * inputs * kernel**2
-        self.moved = (2.0 if precision == "bf16" else 4.0) * sum(sizes_of)
+        self.itemsize = 2 if precision == "bf16" else 4
+        self.moved = float(self.itemsize * sum(sizes_of))
 
     def arrays(self) -> tuple[Any, Any, Any]:
         """Return x, weight and grad, the same numbers for all, channels last."""
@@ -320,7 +321,9 @@ def _times_of_tiles(device: Device, case: _Convolution) -> dict[str, dict[str, f
     """Return the median of each tile, and of what the rule chooses, the shortest first."""
     run = case.ours()
     limits = device_limits() if device.name == "cuda" else REHEARSED
-    runs = {_tile_name(tile): _in_tile(run, tile) for tile in conv2d.possible_tiles(limits)}
+    which = "forward" if case.which == "forward" else "gradient"
+    tiles = conv2d.possible_tiles(limits, conv2d.window_of(which, case.geometry, case.itemsize))
+    runs = {_tile_name(tile): _in_tile(run, tile) for tile in tiles}
     runs["by the rule"] = _timing(False, run)
     found = {name: _median(device, one) for name, one in runs.items()}
     return {name: {"median": found[name]} for name in sorted(found, key=found.__getitem__)}
@@ -356,6 +359,7 @@ def _timing(on: bool, run: Run) -> Run:
 
 def _tile_name(tile: TensorTile) -> str:
     kind = " warpgroups" if conv2d.by_warpgroups(tile) else ""
+    kind = " window" if tile in conv2d.WINDOW_TILES else kind
     return f"{tile.rows}x{tile.columns}{kind}"
 
 

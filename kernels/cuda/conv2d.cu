@@ -10,6 +10,7 @@
 //     the same taps, every dilation / gcd(dilation, stride)-th window: each residue class is a part of its own.
 // Arrays are channels-last: pixels (N, H, W, channels), weights (K, R, S, C / groups).
 #include <tile.cuh>
+#include <window.cuh>
 
 // Division of 0 <= n < 2^31 by a divisor known at launch: n / divisor == n * multiplier >> shift.
 struct Divisor {
@@ -46,9 +47,9 @@ struct Problem {
     int columns;  // channels of the target that a group computes
     Divisor column_blocks;
     int weight_depth;                  // forward: elements of a column's weights
-    int weight_line;                   // gradient: from one source channel (of relaid weights: column) to the next
-    int weight_group;                  // gradient: from one group to the next
-    int weight_step_y, weight_step_x;  // gradient: from tap to tap
+    int weight_line;                   // from one source channel (forward and of relaid weights: column) to the next
+    int weight_group;                  // from one group to the next
+    int weight_step_y, weight_step_x;  // from tap to tap
 };
 
 constexpr int MAXIMUM_PARTS = 16;
@@ -62,6 +63,12 @@ struct GradientProblem {
     Problem problem;
     int parts;
     Part part[MAXIMUM_PARTS];
+};
+
+struct WindowProblem {
+    Problem problem;
+    Part part;
+    Window window;
 };
 
 // ---- rows of the tile: pixels ------------------------------------------------------------------------------
@@ -104,6 +111,35 @@ struct RowTable {
             targets[row] = exists ? part.first_target + image * problem.target_plane + i * problem.target_line +
                                         j * problem.target_pixel
                                   : -1;
+        }
+        __syncthreads();
+    }
+};
+
+// The same of a tile that has a window. Shared memory has room for window.rows sources.
+template <int ROWS>
+struct WindowTable {
+    int targets[ROWS];  // the target element, -1 for a gap and past the last pixel
+    int sources[1];     // of a row of the window the source element, -1 for zeros
+
+    DEVICE void fill(const WindowProblem& given, int first_row) {
+        const Problem& problem = given.problem;
+        const Part& part = given.part;
+        const Window& window = given.window;
+        const int rows = max(ROWS, window.rows);
+        for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+            const int pixel = first_row + row;
+            const int image = divide(pixel, part.plane);
+            const int rest = pixel - image * part.plane.divisor;
+            const int i = divide(rest, part.line);
+            const int j = rest - i * part.line.divisor;
+            const int y = i - window.top, x = j - window.left;
+            const bool exists = pixel < part.pixels;
+            const bool inside = uint32_t(y) < uint32_t(problem.height) && uint32_t(x) < uint32_t(problem.width);
+            const int source = ((image * problem.height + y) * problem.width + x) * problem.pixel;
+            if (row < window.rows) sources[row] = exists && inside ? source : -1;
+            const int target = image * problem.target_plane + i * problem.target_line + j * problem.target_pixel;
+            if (row < ROWS) targets[row] = exists && i < window.height && j < window.width ? target : -1;
         }
         __syncthreads();
     }
@@ -211,8 +247,8 @@ private:
     static DEVICE int panel_depth(const Part& part) { return part.taps_y * part.taps_x * SLAB_DEPTH<T>; }
 };
 
-// Operand b of the gradient: by source channel and column, as weights lie or, DEPTHWISE, by column, tap and source
-// channel (see relay_weight). A slab is of one tap.
+// Operand b of the gradient and of tiles with windows: by source channel and column, as the gradient's weights lie or,
+// DEPTHWISE, by column, tap and source channel (see relay_weight). A slab is of one tap.
 template <typename Slab>
 struct TapLoader {
     typedef typename Slab::T T;
@@ -237,6 +273,30 @@ struct TapLoader {
         a = 0;
         matrix.depth_left -= SLAB_DEPTH<T>;
         matrix.address += panel - part.taps_y * problem.weight_step_y;
+    }
+};
+
+// The window's rows of the next SLAB_DEPTH channels.
+template <typename T>
+struct WindowLoader {
+    const T* source;
+    const int* const sources;
+    const int rows;
+    int channels_left;
+
+    DEVICE void copy(unsigned char* window) {
+        const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;  // row % 8 == first % 8: blocks are of 8n rows
+        unsigned char* destination = window + first * SLAB_BYTES + (chunk ^ first % 8) * CHUNK_BYTES;
+        const bool exists = chunk * CHUNK<T> < channels_left;
+        const int step = blockDim.x / 8;
+#pragma unroll 4
+        for (int row = first; row < rows; row += step, destination += step * SLAB_BYTES) {
+            const int pixel = sources[row];
+            const bool valid = exists && pixel >= 0;
+            copy_async<CHUNK_BYTES>(destination, source + (valid ? pixel + chunk * CHUNK<T> : 0), valid);
+        }
+        source += SLAB_DEPTH<T>;
+        channels_left -= SLAB_DEPTH<T>;
     }
 };
 
@@ -298,55 +358,77 @@ DEVICE float sum_over_rows(const float (&values)[8]) {
 
 struct Moments {
     float mean, deviations;  // deviations: the sum of the squared ones
+    float count;
 };
 
-// How many of the tile's first `rows` rows the warps of one row of warps compute.
+// Bit 2 * i + half says that row_of(i, half) of the thread has a target.
 template <typename Tile>
-DEVICE int rows_of_warp(int rows, int warp_down) {
-    constexpr int WARP_ROWS = Tile::ROWS / Tile::WARPS_DOWN;
-    return min(max(rows - warp_down * WARP_ROWS, 0), WARP_ROWS);
+DEVICE uint32_t rows_present(const int* targets) {
+    uint32_t present = 0;
+#pragma unroll
+    for (int i = 0; i < Tile::DOWN; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            present |= uint32_t(targets[Tile::row_of(i, half)] >= 0) << (2 * i + half);
+        }
+    }
+    return present;
 }
 
-// Mean and deviations of each column of the tile's first `rows` rows, by way of those of each warp's rows:
+// Call visit(value, v, valid) for the sums of column v of the thread's runs in a block; valid: the row is present.
+template <typename Tile, typename Visit>
+DEVICE void for_each_sum(const Tile& tile, int block, uint32_t present, Visit visit) {
+#pragma unroll
+    for (int i = 0; i < Tile::DOWN; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float values[8];
+            tile.get_run(i, half, block, values);
+            const bool valid = present >> (2 * i + half) & 1;
+#pragma unroll
+            for (int v = 0; v < 8; ++v) visit(values[v], v, valid);
+        }
+    }
+}
+
+// Mean, deviations and count of each column over the rows that have a target, by way of those of each warp's rows:
 // deviations are taken from a mean, so nothing cancels. Thread t < COLUMNS returns those of column t.
 template <typename Tile>
-DEVICE Moments column_moments(const Tile& tile, Moments* shared, int rows) {
-    const int lane = threadIdx.x % 32;
-    const int warp_down = threadIdx.x / 32 / Tile::WARPS_ACROSS;
-    const float reciprocal = 1.0f / max(rows_of_warp<Tile>(rows, warp_down), 1);
+DEVICE Moments column_moments(const Tile& tile, Moments* shared, const int* targets) {
+    const int lane = Tile::lane(), warp_down = threadIdx.x / 32 / Tile::WARPS_ACROSS;
+    const uint32_t present = rows_present<Tile>(targets);
+    float count = __popc(present);  // of the rows of a column that the 8 lanes have which share lane % 4
+    for (int bit = 4; bit < 32; bit *= 2) count += __shfl_xor_sync(0xffffffffu, count, bit);
+    const float reciprocal = 1.0f / fmaxf(count, 1.0f);
 #pragma unroll
     for (int block = 0; block < Tile::BLOCKS; ++block) {
         float totals[8] = {}, squares[8] = {}, means[8];
-        tile.for_each_run(block, [&](int row, const float(&values)[8]) {
-            const bool valid = row < rows;
-#pragma unroll
-            for (int v = 0; v < 8; ++v) totals[v] += valid ? values[v] : 0.0f;
+        for_each_sum(tile, block, present, [&](float value, int v, bool valid) {
+            totals[v] += valid ? value : 0.0f;
         });
         const float mean = sum_over_rows(totals) * reciprocal;
 #pragma unroll
         for (int v = 0; v < 8; ++v) means[v] = __shfl_sync(0xffffffffu, mean, v * 4 + lane % 4);
-        tile.for_each_run(block, [&](int row, const float(&values)[8]) {
-            const bool valid = row < rows;
-#pragma unroll
-            for (int v = 0; v < 8; ++v) {
-                const float deviation = valid ? values[v] - means[v] : 0.0f;
-                squares[v] = fmaf(deviation, deviation, squares[v]);
-            }
+        for_each_sum(tile, block, present, [&](float value, int v, bool valid) {
+            const float deviation = valid ? value - means[v] : 0.0f;
+            squares[v] = fmaf(deviation, deviation, squares[v]);
         });
         const float deviations = sum_over_rows(squares);
-        shared[warp_down * Tile::COLUMNS + Tile::column_of(block) + lane / 4] = {mean, deviations};
+        shared[warp_down * Tile::COLUMNS + Tile::column_of(block) + lane / 4] = {mean, deviations, count};
     }
     __syncthreads();
-    Moments merged = {0, 0};
+    Moments merged = {0, 0, 0};
     if (threadIdx.x >= Tile::COLUMNS) return merged;
     for (int warp = 0; warp < Tile::WARPS_DOWN; ++warp) {
-        merged.mean += rows_of_warp<Tile>(rows, warp) * shared[warp * Tile::COLUMNS + threadIdx.x].mean;
+        const Moments own = shared[warp * Tile::COLUMNS + threadIdx.x];
+        merged.mean += own.count * own.mean;
+        merged.count += own.count;
     }
-    merged.mean /= min(rows, Tile::ROWS);
+    merged.mean /= fmaxf(merged.count, 1.0f);
     for (int warp = 0; warp < Tile::WARPS_DOWN; ++warp) {
         const Moments own = shared[warp * Tile::COLUMNS + threadIdx.x];
         const float difference = own.mean - merged.mean;
-        merged.deviations += own.deviations + rows_of_warp<Tile>(rows, warp) * difference * difference;
+        merged.deviations += own.deviations + own.count * difference * difference;
     }
     return merged;
 }
@@ -355,12 +437,11 @@ DEVICE Moments column_moments(const Tile& tile, Moments* shared, int rows) {
 template <int WARP_ROWS, int WARP_COLUMNS> constexpr bool BY_WARPGROUPS = WARP_ROWS < WARP_COLUMNS;
 
 // Blocks that a multiprocessor holds at a time: registers suffice for so many, and shared memory not for more.
-constexpr int RESIDENT_128_X_64 = __CUDA_ARCH__ >= 900 ? 3 : 2;
 template <int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS>
-constexpr int RESIDENT_BLOCKS = ROWS * COLUMNS > 128 * 128     ? 1
-                                : ROWS == 128 && COLUMNS == 64 ? RESIDENT_128_X_64
-                                : ROWS * COLUMNS == 64 * 64    ? 4
-                                                               : 2;
+constexpr int RESIDENT_BLOCKS = ROWS * COLUMNS > 128 * 128  ? 1
+                                : ROWS * COLUMNS == 64 * 64 ? 4
+                                : ROWS == 128 && COLUMNS == 64 && BY_WARPGROUPS<WARP_ROWS, WARP_COLUMNS> ? 3
+                                                                                                         : 2;
 
 // ---- kernels ----------------------------------------------------------------------------------------------
 
@@ -391,9 +472,64 @@ template <typename T, int WARP_ROWS, int WARP_COLUMNS>
 constexpr Layout WEIGHT_LAYOUT =
     BY_WARPGROUPS<WARP_ROWS, WARP_COLUMNS> && sizeof(T) == 4 ? Layout::DEPTHWISE : Layout::CROSSWISE;
 
+// What a forward kernel makes of its sums.
+template <typename T>
+struct ForwardResult {
+    const void* bias;
+    bool bias_is_float;
+    const T* residual;
+    bool relu;
+    T* out;
+    float* partials;
+
+    // Store the sums of rows whose targets are given: channels from first_channel, the group's first, + first_column on.
+    template <typename Tile>
+    DEVICE void store(const Tile& tile, const int* targets, const Problem& problem, int first_channel,
+                      int first_column) const {
+#pragma unroll
+        for (int block = 0; block < Tile::BLOCKS; ++block) {
+            const int column = first_column + Tile::column_of(block);
+            const int columns_left = problem.columns - column;
+            float shift[8];
+#pragma unroll
+            for (int v = 0; v < 8; ++v) {
+                const bool given = bias && v < columns_left;
+                shift[v] = given ? read_bias<T>(bias, bias_is_float, first_channel + column + v) : 0.0f;
+            }
+            tile.for_each_run(block, [&](int row, float(&values)[8]) {
+                const int pixel = targets[row];
+                if (pixel < 0) return;
+                const int target = pixel + first_channel + column;
+#pragma unroll
+                for (int v = 0; v < 8; ++v) values[v] += shift[v];
+                if (residual) add_run(values, residual + target, columns_left);
+#pragma unroll
+                for (int v = 0; v < 8; ++v) values[v] = relu ? relu_of(values[v]) : values[v];
+                store_run(out + target, values, columns_left);
+            });
+        }
+    }
+
+    // Store mean, deviations and count of the sums to partials; shared memory may be overwritten.
+    template <typename Tile>
+    DEVICE void store_moments(const Tile& tile, const int* targets, unsigned char* shared, const Problem& problem,
+                              const Place<Tile>& place) const {
+        __syncthreads();  // other warps have read their last slab
+        const Moments moments = column_moments(tile, reinterpret_cast<Moments*>(shared), targets);
+        const int column = place.first_column + threadIdx.x;
+        if (threadIdx.x < Tile::COLUMNS && column < problem.columns) {
+            const int channel = place.group * problem.columns + column;
+            float* const target = partials + (long long)place.row_block * 3 * problem.target_channels + channel;
+            target[0] = moments.mean;
+            target[problem.target_channels] = moments.deviations;
+            target[2 * problem.target_channels] = moments.count;
+        }
+    }
+};
+
 // out (N, P, Q, K) = x (N, H, W, C) * weight (K, R, S, C / groups) + bias (K) + residual (N, P, Q, K), the last
 // two null or given, bias as float32 or in T. relu: negative results become 0.
-// MOMENTS: each block writes mean and deviations of its pixels, by channel, to partials (row blocks, 2, K), of
+// MOMENTS: each block writes mean, deviations and count of its pixels, by channel, to partials (row blocks, 3, K), of
 // the sums before bias, residual, relu and rounding to T.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, bool MOMENTS>
 __global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
@@ -409,46 +545,59 @@ conv2d_forward(const T* __restrict__ x, const T* __restrict__ weight, const void
     const Place<ConvTile> place(problem);
     table.fill(problem, part, place.row_block * ROWS);
 
-    const int first_channel = place.group * problem.columns;  // of the group
     PixelLoader<typename ConvTile::SlabA> pixels(x + place.group * problem.channels, table.rows, problem, part);
+    const int first_channel = place.group * problem.columns;  // of the group
     ColumnLoader<typename ConvTile::SlabB> weights(weight + (long long)first_channel * problem.weight_depth,
                                                    place.first_column, problem, part);
     ConvTile tile;
     tile.compute(shared, pixels, weights, part.slabs);
 
+    const ForwardResult<T> result = {bias, bias_is_float != 0, residual, relu != 0, out, partials};
+    result.store(tile, table.targets, problem, first_channel, place.first_column);
+    if constexpr (MOMENTS) result.store_moments(tile, table.targets, shared, problem, place);
+}
+
+// The same for a stride of 1, from windows of x.
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES, bool MOMENTS>
+__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
+                                  RESIDENT_BLOCKS<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS>)
+conv2d_forward_window(const T* __restrict__ x, const T* __restrict__ weight, const void* __restrict__ bias,
+                      long long bias_is_float, const T* __restrict__ residual, long long relu, T* __restrict__ out,
+                      float* __restrict__ partials, const __grid_constant__ WindowProblem given) {
+    typedef WindowTile<T, ROWS, COLUMNS, WARP_ROWS, STAGES, Layout::DEPTHWISE> ConvTile;
+    const Problem& problem = given.problem;
+    unsigned char* const shared = dynamic_shared_memory<unsigned char>();
+    auto& table = *reinterpret_cast<WindowTable<ROWS>*>(shared + ConvTile::shared_bytes(given.window));
+    const Place<ConvTile> place(problem);
+    table.fill(given, place.row_block * ROWS);
+
+    WindowLoader<T> pixels = {x + place.group * problem.channels, table.sources, given.window.rows,
+                              problem.channels};
+    const int first_channel = place.group * problem.columns;  // of the group
+    TapLoader<typename ConvTile::SlabB> weights(weight + (long long)place.group * problem.weight_group,
+                                                place.first_column, problem, given.part);
+    ConvTile tile;
+    tile.compute(shared, pixels, weights, given.window, given.part.taps_y, given.part.taps_x);
+
+    const ForwardResult<T> result = {bias, bias_is_float != 0, residual, relu != 0, out, partials};
+    result.store(tile, table.targets, problem, first_channel, place.first_column);
+    if constexpr (MOMENTS) result.store_moments(tile, table.targets, shared, problem, place);
+}
+
+// Store the gradient of rows whose targets are given, + onto where it is not null.
+template <typename T, typename Tile>
+DEVICE void store_gradient(const Tile& tile, const int* targets, const T* onto, T* out, const Problem& problem,
+                           const Place<Tile>& place) {
 #pragma unroll
-    for (int block = 0; block < ConvTile::BLOCKS; ++block) {
-        const int column = place.first_column + ConvTile::column_of(block);
-        const int columns_left = problem.columns - column;
-        float shift[8];
-#pragma unroll
-        for (int v = 0; v < 8; ++v) {
-            const bool given = bias && v < columns_left;
-            shift[v] = given ? read_bias<T>(bias, bias_is_float, first_channel + column + v) : 0.0f;
-        }
+    for (int block = 0; block < Tile::BLOCKS; ++block) {
+        const int column = place.first_column + Tile::column_of(block);
         tile.for_each_run(block, [&](int row, float(&values)[8]) {
-            const int pixel = table.targets[row];
+            const int pixel = targets[row];
             if (pixel < 0) return;
-            const int target = pixel + first_channel + column;
-#pragma unroll
-            for (int v = 0; v < 8; ++v) values[v] += shift[v];
-            if (residual) add_run(values, residual + target, columns_left);
-#pragma unroll
-            for (int v = 0; v < 8; ++v) values[v] = relu ? relu_of(values[v]) : values[v];
-            store_run(out + target, values, columns_left);
+            const int target = pixel + place.group * problem.columns + column;
+            if (onto) add_run(values, onto + target, problem.columns - column);
+            store_run(out + target, values, problem.columns - column);
         });
-    }
-    if constexpr (MOMENTS) {
-        __syncthreads();  // other warps have read their last slab
-        const int pixels_left = part.pixels - place.row_block * ROWS;
-        const Moments moments = column_moments(tile, reinterpret_cast<Moments*>(shared), pixels_left);
-        const int column = place.first_column + threadIdx.x;
-        if (threadIdx.x < COLUMNS && column < problem.columns) {
-            const int channel = first_channel + column;
-            float* const target = partials + (long long)place.row_block * 2 * problem.target_channels + channel;
-            target[0] = moments.mean;
-            target[problem.target_channels] = moments.deviations;
-        }
     }
 }
 
@@ -475,18 +624,29 @@ conv2d_grad_input(const T* __restrict__ grad, const T* __restrict__ weight, cons
         place.first_column, problem, part);
     ConvTile tile;
     tile.compute(shared, pixels, weights, part.slabs);
+    store_gradient(tile, table.targets, onto, out, problem, place);
+}
 
-#pragma unroll
-    for (int block = 0; block < ConvTile::BLOCKS; ++block) {
-        const int column = place.first_column + ConvTile::column_of(block);
-        tile.for_each_run(block, [&](int row, float(&values)[8]) {
-            const int pixel = table.targets[row];
-            if (pixel < 0) return;
-            const int target = pixel + place.group * problem.columns + column;
-            if (onto) add_run(values, onto + target, problem.columns - column);
-            store_run(out + target, values, problem.columns - column);
-        });
-    }
+// The same for a stride of 1, from windows of grad.
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES>
+__global__ void __launch_bounds__(ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * 32,
+                                  RESIDENT_BLOCKS<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS>)
+conv2d_grad_input_window(const T* __restrict__ grad, const T* __restrict__ weight, const T* __restrict__ onto,
+                         T* __restrict__ out, const __grid_constant__ WindowProblem given) {
+    typedef WindowTile<T, ROWS, COLUMNS, WARP_ROWS, STAGES, WEIGHT_LAYOUT<T, WARP_ROWS, WARP_COLUMNS>> ConvTile;
+    const Problem& problem = given.problem;
+    unsigned char* const shared = dynamic_shared_memory<unsigned char>();
+    auto& table = *reinterpret_cast<WindowTable<ROWS>*>(shared + ConvTile::shared_bytes(given.window));
+    const Place<ConvTile> place(problem);
+    table.fill(given, place.row_block * ROWS);
+
+    WindowLoader<T> pixels = {grad + place.group * problem.channels, table.sources, given.window.rows,
+                              problem.channels};
+    TapLoader<typename ConvTile::SlabB> weights(weight + (long long)place.group * problem.weight_group,
+                                                place.first_column, problem, given.part);
+    ConvTile tile;
+    tile.compute(shared, pixels, weights, given.window, given.part.taps_y, given.part.taps_x);
+    store_gradient(tile, table.targets, onto, out, problem, place);
 }
 
 // ---- moments of blocks to moments of all -------------------------------------------------------------------
@@ -513,17 +673,15 @@ DEVICE Sums sum_of_column(Sums own) {
     return total;
 }
 
-// The sums of this thread's share of the blocks first <= block < last, of rows_per_block rows each but the last.
-DEVICE Sums sum_of_blocks(const float* partials, int channel, int channels, int first, int last, int rows_per_block,
-                          long long rows) {
+// The sums of this thread's share of the blocks first <= block < last. partials (blocks, 3, channels).
+DEVICE Sums sum_of_blocks(const float* partials, int channel, int channels, int first, int last) {
     Sums sums = {0, 0};
 #pragma unroll 4
     for (int block = first + threadIdx.y; block < last; block += MERGE_ROWS) {
-        const long long left = rows - (long long)block * rows_per_block;
-        const double count = left < rows_per_block ? double(left) : double(rows_per_block);
-        const double mean = partials[((long long)block * 2) * channels + channel];
+        const float* const of_block = partials + (long long)block * 3 * channels + channel;
+        const double mean = of_block[0], deviations = of_block[channels], count = of_block[2 * channels];
         sums.sum += count * mean;
-        sums.square += partials[((long long)block * 2 + 1) * channels + channel] + count * mean * mean;
+        sums.square += deviations + count * mean * mean;
     }
     return sums;
 }
@@ -534,27 +692,27 @@ DEVICE void finish(Sums sums, long long rows, double* mean, double* variance) {
     *variance = fmax(sums.square / rows - center * center, 0.0);
 }
 
-// partials (blocks, 2, channels) to moments (2, channels). Grid: (channels / MERGE_CHANNELS).
+// partials (blocks, 3, channels) to moments (2, channels). Grid: (channels / MERGE_CHANNELS).
 __global__ void __launch_bounds__(MERGE_CHANNELS* MERGE_ROWS)
 merge_moments(const float* __restrict__ partials, double* __restrict__ moments, long long channels,
-              long long blocks, long long rows_per_block, long long rows) {
+              long long blocks, long long pixels) {
     const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
     Sums sums = {0, 0};
-    if (channel < channels) sums = sum_of_blocks(partials, channel, channels, 0, blocks, rows_per_block, rows);
+    if (channel < channels) sums = sum_of_blocks(partials, channel, channels, 0, blocks);
     sums = sum_of_column(sums);
-    if (threadIdx.y == 0 && channel < channels) finish(sums, rows, moments + channel, moments + channels + channel);
+    if (threadIdx.y == 0 && channel < channels) finish(sums, pixels, moments + channel, moments + channels + channel);
 }
 
 // The same in two steps, for many blocks: first slices of blocks_per_slice blocks to slices (slices, channels).
 // Grid: (channels / MERGE_CHANNELS, slices).
 __global__ void __launch_bounds__(MERGE_CHANNELS* MERGE_ROWS)
 sum_moments(const float* __restrict__ partials, double* __restrict__ slices, long long channels, long long blocks,
-            long long blocks_per_slice, long long rows_per_block, long long rows) {
+            long long blocks_per_slice) {
     const int channel = blockIdx.x * MERGE_CHANNELS + threadIdx.x;
     const int first = int(blockIdx.y * blocks_per_slice);
     const int last = int(min(first + blocks_per_slice, blocks));
     Sums sums = {0, 0};
-    if (channel < channels) sums = sum_of_blocks(partials, channel, channels, first, last, rows_per_block, rows);
+    if (channel < channels) sums = sum_of_blocks(partials, channel, channels, first, last);
     sums = sum_of_column(sums);
     if (threadIdx.y == 0 && channel < channels) {
         slices[((long long)blockIdx.y * 2) * channels + channel] = sums.sum;

@@ -33,6 +33,7 @@ from gradengine.kernels.cuda.tiles import (
     TensorTile,
     covering,
 )
+from gradengine.kernels.cuda.windows import Axis, Window
 from gradengine.kernels.geometry import CACHED_GEOMETRIES, Conv2dGeometry
 from gradengine.kernels.layout import Array, from_nhwc, to_nhwc
 
@@ -78,6 +79,13 @@ _FORWARD = np.dtype([("problem", _PROBLEM), ("part", _PART)])
 _GRADIENT = np.dtype(
     [("problem", _PROBLEM), ("parts", np.int32), ("part", _PART, (MAXIMUM_PARTS,))]
 )
+_WINDOW = np.dtype(
+    [
+        ("problem", _PROBLEM),
+        ("part", _PART),
+        ("window", [(name, np.int32) for name in Window.FIELDS]),
+    ]
+)
 
 
 # Each with its share of the tensor cores' peak: smaller tiles load more for each product. Warps whose
@@ -93,10 +101,18 @@ TILES = {
     TensorTile(128, 64, 64, 32, 3): 0.75,
     TensorTile(64, 64, 32, 32, 4): 0.6,
 }
+# The same with windows of the source (window.cuh), for convolutions whose stride is 1. None is in both.
+WINDOW_TILES = {
+    TensorTile(256, 64, 32, 64, 4): 1.5,
+    TensorTile(128, 128, 16, 128, 4): 1.25,
+}
 
 
-def shared_bytes(tile: TensorTile) -> int:
+def shared_bytes(tile: TensorTile, window: Window | None = None) -> int:
     """Return the size of a tile's stages and its table of rows."""
+    if tile in WINDOW_TILES:
+        assert window is not None
+        return window.shared_bytes(tile)
     return tile.shared_bytes + tile.rows * ROW_BYTES
 
 
@@ -111,10 +127,22 @@ def _relays(tile: TensorTile, itemsize: int) -> bool:
 
 def _instances() -> Iterator[str]:
     for element in ("float", "float16", "bfloat16"):
-        for tile in TILES:
+        for tile in (*TILES, *WINDOW_TILES):
             for moments in ("false", "true"):
-                yield f"conv2d_forward<{_parameters(element, tile)}, {moments}>"
-            yield f"conv2d_grad_input<{_parameters(element, tile)}>"
+                yield _forward_name(element, tile, moments)
+            yield _gradient_name(element, tile)
+
+
+def _forward_name(element: str, tile: TensorTile, moments: str) -> str:
+    return f"conv2d_forward{_kind(tile)}<{_parameters(element, tile)}, {moments}>"
+
+
+def _gradient_name(element: str, tile: TensorTile) -> str:
+    return f"conv2d_grad_input{_kind(tile)}<{_parameters(element, tile)}>"
+
+
+def _kind(tile: TensorTile) -> str:
+    return "_window" if tile in WINDOW_TILES else ""
 
 
 @cache
@@ -201,10 +229,10 @@ def _launch_gradient(
 ) -> None:
     grad, _, onto, out = arrays
     plan = _grad_input_plan(geometry, grad.dtype.itemsize, device_limits(), tile)
-    name = f"conv2d_grad_input<{_parameters(c_name(grad.dtype), plan.tile)}>"
+    name = _gradient_name(c_name(grad.dtype), plan.tile)
     read = _relaid(weight, geometry) if _relays(plan.tile, grad.dtype.itemsize) else weight
     arguments = (grad, read, onto, out, plan.record)
-    kernel(SOURCE, name)(plan.grid, (plan.tile.threads,), arguments, shared_bytes(plan.tile))
+    kernel(SOURCE, name)(plan.grid, (plan.tile.threads,), arguments, plan.shared_bytes)
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry, dtype: Any = None) -> Array:
@@ -257,9 +285,9 @@ def _forward_with_moments(
     launch = partial(_launch_forward, weight, geometry, arrays, False)
     tile = _timed_tile("forward", geometry, arrays, partial(launch, None))
     plan = _forward_plan(geometry, x.dtype.itemsize, device_limits(), tile)
-    partials = array_module(x).empty((plan.row_blocks, 2, geometry.out_channels), np.float32)
+    partials = array_module(x).empty((plan.row_blocks, 3, geometry.out_channels), np.float32)
     launch(partials, tile)
-    moments = _merged(partials, arrays.out, plan.tile.rows)
+    moments = _merged(partials, arrays.out)
     if bias is not None:  # partials are without it: float32 means of a small spread around it
         moments[0] += bias.astype(np.float64)
     return arrays.out, moments
@@ -306,11 +334,11 @@ def _launch_forward(
     rounds = by_warpgroups(plan.tile) and x.dtype == np.float32 and not weight.is_rounded
     data = _rounded(weight.data) if rounds else weight.data
     moments = "false" if partials is None else "true"
-    name = f"conv2d_forward<{_parameters(c_name(x.dtype), plan.tile)}, {moments}>"
+    name = _forward_name(c_name(x.dtype), plan.tile, moments)
     bias_is_float = bias is not None and bias.dtype == np.float32
     arguments = (x, data, bias, int(bias_is_float), residual, int(relu), out, partials)
-    block, memory = (plan.tile.threads,), shared_bytes(plan.tile)
-    kernel(SOURCE, name)(plan.grid, block, (*arguments, plan.record), memory)
+    block = (plan.tile.threads,)
+    kernel(SOURCE, name)(plan.grid, block, (*arguments, plan.record), plan.shared_bytes)
 
 
 def _aligned(array: Array) -> Array:
@@ -338,21 +366,21 @@ def _relaid(weight: Array, geometry: Conv2dGeometry) -> Array:
     return out
 
 
-def _merged(partials: Array, out: Array, rows: int) -> Array:
-    """Merge the moments of blocks of `rows` pixels of out (N, P, Q, K) to those of all (2, K)."""
+def _merged(partials: Array, out: Array) -> Array:
+    """Merge the moments of blocks of out (N, P, Q, K), with counts of their pixels, to (2, K)."""
     xp = array_module(out)
     blocks, _, channels = partials.shape
     pixels = out.size // channels
     across = -(-channels // MERGE_BLOCK[0])
     moments = xp.empty((2, channels), np.float64)
     if blocks <= ONE_MERGE:
-        arguments = (partials, moments, channels, blocks, rows, pixels)
+        arguments = (partials, moments, channels, blocks, pixels)
         kernel(SOURCE, "merge_moments")((across,), MERGE_BLOCK, arguments)
         return moments
     of_a_slice = max(MERGED_BLOCKS, -(-blocks // MAXIMUM_SLICES))
     slices = -(-blocks // of_a_slice)
     sums = xp.empty((slices, 2, channels), np.float64)
-    arguments = (partials, sums, channels, blocks, of_a_slice, rows, pixels)
+    arguments = (partials, sums, channels, blocks, of_a_slice)
     kernel(SOURCE, "sum_moments")((across, slices), MERGE_BLOCK, arguments)
     arguments = (sums, moments, channels, slices, pixels)
     kernel(SOURCE, "merge_slices")((across,), MERGE_BLOCK, arguments)
@@ -462,6 +490,7 @@ class _Plan(NamedTuple):
     tile: TensorTile
     grid: tuple[int, int]
     row_blocks: int
+    shared_bytes: int
     record: np.ndarray  # the struct that the kernel takes, by value
 
 
@@ -474,43 +503,89 @@ def _timed_tile(
     """Return the tile that took least, where the user lets tiles be timed, else None."""
     if not settings.cuda.benchmark or settings.general.deterministic:
         return None
-    return tuning.fastest(
-        (name, geometry, arrays.x.dtype.name), possible_tiles(device_limits()), run
-    )
+    window = window_of(name, geometry, arrays.x.dtype.itemsize)
+    tiles = possible_tiles(device_limits(), window)
+    return tuning.fastest((name, geometry, arrays.x.dtype.name), tiles, run)
 
 
-def _choose_tile(rows: int, columns: int, groups: int, limits: Limits) -> TensorTile:
+def _choose_tile(
+    rows: int, columns: int, groups: int, limits: Limits, window: Window | None = None
+) -> TensorTile:
     """Choose the tile whose blocks, shared by the multiprocessors, take the least time."""
 
     def time(tile: TensorTile) -> float:
-        blocks = covering(tile, rows, columns) * groups
-        return -(-blocks // limits.multiprocessors) * tile.rows * tile.columns / TILES[tile]
+        positions = rows
+        if window is not None and tile in WINDOW_TILES:
+            positions = rows // (window.down.target * window.across.target) * window.image
+        blocks = covering(tile, positions, columns) * groups
+        share = (TILES | WINDOW_TILES)[tile]
+        return -(-blocks // limits.multiprocessors) * tile.rows * tile.columns / share
 
-    return min(possible_tiles(limits), key=time)
+    return min(possible_tiles(limits, window), key=time)
 
 
-def possible_tiles(limits: Limits) -> list[TensorTile]:
-    """Return the tiles that a device can compute."""
+def possible_tiles(limits: Limits, window: Window | None = None) -> list[TensorTile]:
+    """Return the tiles that a device can compute; some need a window."""
     has_warpgroups = limits.architecture == WARPGROUP_ARCHITECTURE
-    return [
+    tiles = [
         tile
         for tile in TILES
         if shared_bytes(tile) <= limits.shared_bytes and (has_warpgroups or not by_warpgroups(tile))
     ]
+    if window is not None and has_warpgroups:  # of which a multiprocessor must hold two blocks
+        most = (limits.shared_bytes - 1024) // 2
+        tiles += [tile for tile in WINDOW_TILES if window.shared_bytes(tile) <= most]
+    return tiles
+
+
+def window_of(which: str, geometry: Conv2dGeometry, itemsize: int) -> Window | None:
+    """Return the windows of pass "forward" or "gradient", None where tiles cannot have them."""
+    if geometry.stride != (1, 1):
+        return None
+    sizes = (geometry.height, geometry.width), (geometry.out_height, geometry.out_width)
+    taps, dilation = (geometry.kernel_height, geometry.kernel_width), geometry.dilation
+    padding = (geometry.padding[0][0], geometry.padding[1][0])
+    if which == "forward":
+        if _filled(geometry, itemsize).geometry != geometry:
+            return None
+        axes = zip(*sizes, taps, (-p for p in padding), dilation, strict=True)
+    else:
+        axes = zip(*sizes[::-1], taps, padding, (-step for step in dilation), strict=True)
+    window = Window(*(Axis(*axis) for axis in axes))
+    return window if window.is_possible else None
 
 
 @lru_cache(CACHED_GEOMETRIES)
 def _forward_plan(
     geometry: Conv2dGeometry, itemsize: int, limits: Limits, tile: TensorTile | None = None
 ) -> _Plan:
+    window = window_of("forward", geometry, itemsize)
     given, geometry = geometry, _filled(geometry, itemsize).geometry
     batch, outputs, height, width = geometry.output_shape
-    channels = geometry.in_channels // geometry.groups
     columns = outputs // geometry.groups
     pixels = batch * height * width
-    tile = tile or _choose_tile(pixels, columns, geometry.groups, limits)
+    tile = tile or _choose_tile(pixels, columns, geometry.groups, limits, window)
     record = np.zeros((), _FORWARD)
     problem, part = record["problem"], record["part"]
+    _fill_forward_problem(problem, geometry)
+    _fill_part(part, (batch, height, width))
+    _fill(part, origin=(-geometry.padding[0][0], -geometry.padding[1][0]))
+    taps = geometry.kernel_height, geometry.kernel_width
+    _fill_taps(part, taps, int(problem["channels"]), itemsize)
+    column_blocks = -(-columns // tile.columns)
+    problem["column_blocks"] = _divisor(column_blocks)
+    if tile in WINDOW_TILES:
+        record = _windowed(problem, part, window, tile, itemsize)
+    row_blocks = -(-int(record["part"]["pixels"]) // tile.rows)
+    grid = (row_blocks * column_blocks, given.groups)
+    return _Plan(tile, grid, row_blocks, shared_bytes(tile, window), by_value(record))
+
+
+def _fill_forward_problem(problem: Any, geometry: Conv2dGeometry) -> None:
+    """Set all but the blocks of columns."""
+    _, outputs, height, width = geometry.output_shape
+    channels, columns = geometry.in_channels // geometry.groups, outputs // geometry.groups
+    depth = geometry.kernel_height * geometry.kernel_width * channels
     _fill(
         problem,
         height=geometry.height,
@@ -525,16 +600,25 @@ def _forward_plan(
         target_pixel=outputs,
         target_channels=outputs,
         columns=columns,
-        weight_depth=geometry.kernel_height * geometry.kernel_width * channels,
+        weight_depth=depth,
+        weight_line=depth,
+        weight_group=columns * depth,
+        weight_step=(geometry.kernel_width * channels, channels),
     )
-    _fill_part(part, (batch, height, width))
-    _fill(part, origin=(-geometry.padding[0][0], -geometry.padding[1][0]))
-    _fill_taps(part, (geometry.kernel_height, geometry.kernel_width), channels, itemsize)
-    column_blocks = -(-columns // tile.columns)
-    problem["column_blocks"] = _divisor(column_blocks)
-    row_blocks = -(-pixels // tile.rows)
-    grid = (row_blocks * column_blocks, given.groups)
-    return _Plan(tile, grid, row_blocks, by_value(record))
+
+
+def _windowed(
+    problem: Any, part: Any, window: Window | None, tile: TensorTile, itemsize: int
+) -> np.ndarray:
+    """Give the record of a tile that has windows: rows are pixels with gaps between."""
+    assert window is not None
+    record = np.zeros((), _WINDOW)
+    record["problem"], record["part"] = problem, part
+    batch = int(part["pixels"]) // (window.down.target * window.across.target)
+    _fill_part(record["part"], (batch, window.down.pitch, window.across.pitch))
+    channel_blocks = -(-int(problem["channels"]) * itemsize // SLAB_BYTES)
+    _fill(record["window"], **window.fields(tile, channel_blocks))
+    return record
 
 
 class _Residue(NamedTuple):
@@ -570,7 +654,9 @@ def _grad_input_plan(
 ) -> _Plan:
     batch, channels, height, width = geometry.input_shape
     columns = channels // geometry.groups
-    tile = tile or _choose_tile(batch * height * width, columns, geometry.groups, limits)
+    pixels = batch * height * width
+    window = window_of("gradient", geometry, itemsize)
+    tile = tile or _choose_tile(pixels, columns, geometry.groups, limits, window)
     record = np.zeros((), _GRADIENT)
     problem = record["problem"]
     # elements from one tap of the weight to the next, as it lies or relaid
@@ -594,8 +680,11 @@ def _grad_input_plan(
         )
         row_blocks += -(-int(part["pixels"]) // tile.rows)
     record["parts"] = len(parts)
+    if tile in WINDOW_TILES:  # of a stride of 1, which has one part
+        record = _windowed(problem, record["part"][0], window, tile, itemsize)
+        row_blocks = -(-int(record["part"]["pixels"]) // tile.rows)
     grid = (row_blocks * column_blocks, geometry.groups)
-    return _Plan(tile, grid, row_blocks, by_value(record))
+    return _Plan(tile, grid, row_blocks, shared_bytes(tile, window), by_value(record))
 
 
 def _fill_gradient_problem(

@@ -172,9 +172,9 @@ DEVICE void multiply_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint3
 // as multiply_tf32's d holds its 8. The products run on their own: operands stay as they are, and d is not looked
 // at, until wait_products says so. All threads of a warpgroup take part in each of these.
 //
-// Operands in shared memory lie in rows of 128 bytes at multiples of 1024 bytes, their 16-byte chunks moved:
-// chunk c of row r stands at c ^ r % 8 (or in columns, see there). An operand is named by a number that
-// warpgroup_operand makes.
+// Operands in shared memory lie in rows of 128 bytes, their 16-byte chunks moved: chunk c of row r stands at
+// c ^ r % 8, where row 0 is at a multiple of 1024 bytes (or in columns, see there). An operand is named by a number
+// that warpgroup_operand makes; of lines along the depth it may begin at any row.
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WARPGROUPS 1

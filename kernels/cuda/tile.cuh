@@ -410,12 +410,10 @@ private:
     }
 };
 
-// The same by the instructions of warpgroups (sm_90a), each four warps one below the other: rows of a are depthwise.
-// Float32 of b must be rounded to tf32 in memory, and depthwise. A multiprocessor should have two blocks, which take
-// turns: each drains the tensor cores after every slab. A block that is alone leaves the products of one slab
-// running while it issues those of the next (float32 cannot: the registers of a are needed again).
-template <typename Element, int ROWS, int COLUMNS, int WARP_ROWS, int STAGES, Layout LAYOUT_B>
-struct WarpgroupTile
+// Sums by the instructions of warpgroups (sm_90a), each four warps one below the other: rows of a are depthwise.
+// Float32 of b must be rounded to tf32 in memory, and depthwise.
+template <typename Element, int ROWS, int COLUMNS, int WARP_ROWS, Layout LAYOUT_B>
+struct WarpgroupSums
     : TileSums<ROWS, COLUMNS, WARP_ROWS, COLUMNS, RowOrder::BY_EIGHT, DEALS_COLUMNS<Element, LAYOUT_B>> {
     typedef Element T;
     typedef TileSums<ROWS, COLUMNS, WARP_ROWS, COLUMNS, RowOrder::BY_EIGHT, DEALS_COLUMNS<Element, LAYOUT_B>> Sums;
@@ -423,14 +421,90 @@ struct WarpgroupTile
     using Sums::sums;
     typedef Slab<T, Layout::DEPTHWISE, ROWS, Sums::THREADS, false> SlabA;
     typedef Slab<T, LAYOUT_B, COLUMNS, Sums::THREADS, true> SlabB;
-    static constexpr int STAGE_BYTES = SlabA::BYTES + SlabB::BYTES;
-    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
     static_assert(WARP_ROWS == 16 || WARP_ROWS == 32);
     static_assert(COLUMNS == 64 || COLUMNS == 128);
+    static_assert(ROWS % (4 * WARP_ROWS) == 0);
+    static_assert(sizeof(T) == 2 || LAYOUT_B == Layout::DEPTHWISE);
+
+protected:
+    // Issue the products of a slab of b with ROWS rows of a from first_row on; they lie as those of a slab.
+    DEVICE void multiply(const unsigned char* rows, int first_row, const unsigned char* slab_b) {
+        if constexpr (sizeof(T) == 4) {
+            load_a(rows, first_row + Sums::warp_row());
+            const uint64_t b = warpgroup_operand(slab_b);
+            begin_products();
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+                for (int i = 0; i < DOWN; ++i) {
+                    warpgroup_multiply_tf32(sums[i], fragments[step][i], b + step * (STEP_BYTES >> 4));
+                }
+            }
+        } else {
+            constexpr bool PANELS = LAYOUT_B == Layout::CROSSWISE;
+            // the same in all threads, and said so: an operand is in a uniform register
+            const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+            const uint64_t a = warpgroup_operand<DOWN>(rows + (first_row + warpgroup * 4 * WARP_ROWS) * SLAB_BYTES);
+            const uint64_t b = PANELS ? warpgroup_operand_of_panels(slab_b, SLAB_DEPTH<T> * SLAB_BYTES)
+                                      : warpgroup_operand(slab_b);
+            constexpr int STEP_A = STEP_BYTES >> 4, EIGHT_ROWS = 8 * SLAB_BYTES >> 4;
+            constexpr int STEP_B = PANELS ? 16 * SLAB_BYTES >> 4 : STEP_BYTES >> 4;
+            begin_products();
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+                for (int i = 0; i < DOWN; ++i) {
+                    const uint64_t a_step = a + step * STEP_A + i * EIGHT_ROWS;
+                    TensorCore<T>::template multiply_groups<PANELS>(sums[i], a_step, b + step * STEP_B);
+                }
+            }
+        }
+        commit_products();
+    }
+
+private:
+    static constexpr int STEPS = 4;  // instructions along a slab
+    static constexpr int STEP_BYTES = SLAB_BYTES / STEPS;
+
+    uint32_t fragments[STEPS][DOWN][4];  // of a, where it goes through registers to be rounded
+
+    // Load and round a slab of this warp's rows, the first of which is `first`. Matrices: the first and the second
+    // eight of an instruction's rows, and both again 16 bytes on.
+    DEVICE void load_a(const unsigned char* rows, int first) {
+        const int lane = Sums::lane();
+        const int row = first + lane / 8 % 2 * DOWN * 8 + lane % 8;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            const int offset = SlabA::offset(row, lane / 16) ^ step * STEP_BYTES;
+#pragma unroll
+            for (int i = 0; i < DOWN; ++i) load_matrices(fragments[step][i], rows + offset + i * 8 * SLAB_BYTES);
+        }
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+            for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+                for (int element = 0; element < 4; ++element) {
+                    fragments[step][i][element] = round_to_tf32(fragments[step][i][element]);
+                }
+            }
+        }
+    }
+};
+
+// A tile by warpgroups. A multiprocessor should have two blocks, which take turns: each drains the tensor cores
+// after every slab. A block that is alone leaves the products of one slab running while it issues those of the
+// next (float32 cannot: the registers of a are needed again).
+template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, int STAGES, Layout LAYOUT_B>
+struct WarpgroupTile : WarpgroupSums<T, ROWS, COLUMNS, WARP_ROWS, LAYOUT_B> {
+    typedef WarpgroupSums<T, ROWS, COLUMNS, WARP_ROWS, LAYOUT_B> Base;
+    typedef typename Base::SlabA SlabA;
+    typedef typename Base::SlabB SlabB;
+    static constexpr int STAGE_BYTES = SlabA::BYTES + SlabB::BYTES;
+    static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
     static constexpr int RUNNING = ROWS * COLUMNS > 128 * 128 && sizeof(T) == 2 ? 1 : 0;  // slabs of products
     static constexpr int AHEAD = STAGES - 1 - RUNNING;                                     // slabs of copies
-    static_assert(ROWS % (4 * WARP_ROWS) == 0 && AHEAD >= 1);
-    static_assert(sizeof(T) == 2 || LAYOUT_B == Layout::DEPTHWISE);
+    static_assert(AHEAD >= 1);
 
     // As Tile::compute.
     template <typename LoaderA, typename LoaderB>
@@ -448,7 +522,7 @@ struct WarpgroupTile
             wait_copies<AHEAD - 1>();
             show_to_products();
             __syncthreads();  // this slab has landed, and products of `writing` are done
-            multiply(reading);
+            this->multiply(reading, 0, reading + SlabA::BYTES);
             if (slab + AHEAD < slabs) copy(writing, a, b);
             commit_copies();
             wait_products<RUNNING>();
@@ -459,74 +533,10 @@ struct WarpgroupTile
     }
 
 private:
-    static constexpr int STEPS = 4;  // instructions along a slab
-    static constexpr int STEP_BYTES = SLAB_BYTES / STEPS;
-
-    uint32_t fragments[STEPS][DOWN][4];  // of a, where it goes through registers to be rounded
-
     template <typename LoaderA, typename LoaderB>
     static DEVICE void copy(unsigned char* stage, LoaderA& a, LoaderB& b) {
         a.copy(stage);
         b.copy(stage + SlabA::BYTES);
-    }
-
-    // Issue the products of a slab.
-    DEVICE void multiply(const unsigned char* stage) {
-        const unsigned char* const slab_b = stage + SlabA::BYTES;
-        if constexpr (sizeof(T) == 4) {
-            load_a(stage);
-            const uint64_t b = warpgroup_operand(slab_b);
-            begin_products();
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-                for (int i = 0; i < DOWN; ++i) {
-                    warpgroup_multiply_tf32(sums[i], fragments[step][i], b + step * (STEP_BYTES >> 4));
-                }
-            }
-        } else {
-            constexpr bool PANELS = LAYOUT_B == Layout::CROSSWISE;
-            // the same in all threads, and said so: an operand is in a uniform register
-            const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
-            const uint64_t a = warpgroup_operand<DOWN>(stage + warpgroup * 4 * WARP_ROWS * SLAB_BYTES);
-            const uint64_t b = PANELS ? warpgroup_operand_of_panels(slab_b, SLAB_DEPTH<T> * SLAB_BYTES)
-                                      : warpgroup_operand(slab_b);
-            constexpr int STEP_A = STEP_BYTES >> 4, EIGHT_ROWS = 8 * SLAB_BYTES >> 4;
-            constexpr int STEP_B = PANELS ? 16 * SLAB_BYTES >> 4 : STEP_BYTES >> 4;
-            begin_products();
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-                for (int i = 0; i < DOWN; ++i) {
-                    const uint64_t rows = a + step * STEP_A + i * EIGHT_ROWS;
-                    TensorCore<T>::template multiply_groups<PANELS>(sums[i], rows, b + step * STEP_B);
-                }
-            }
-        }
-        commit_products();
-    }
-
-    // Load and round a slab of this warp's rows. Matrices: the first and the second eight of an instruction's rows,
-    // and both again 16 bytes on.
-    DEVICE void load_a(const unsigned char* slab) {
-        const int lane = Sums::lane();
-        const int row = Sums::warp_row() + lane / 8 % 2 * DOWN * 8 + lane % 8;
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            const int offset = SlabA::offset(row, lane / 16) ^ step * STEP_BYTES;
-#pragma unroll
-            for (int i = 0; i < DOWN; ++i) load_matrices(fragments[step][i], slab + offset + i * 8 * SLAB_BYTES);
-        }
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-            for (int i = 0; i < DOWN; ++i) {
-#pragma unroll
-                for (int element = 0; element < 4; ++element) {
-                    fragments[step][i][element] = round_to_tf32(fragments[step][i][element]);
-                }
-            }
-        }
     }
 };
 

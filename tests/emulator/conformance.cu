@@ -105,7 +105,7 @@ DEVICE void put_rows(unsigned char* memory, const uint32_t* x, int rows) {
     }
 }
 
-// Products of a warpgroup, steps first to last - 1 of 32 bytes of a's depth, added up: a (64 * EVERY rows of 128
+// Products of a warpgroup, steps first to last - 1 of 32 bytes of a's depth, added up: a (64 * EVERY + 8 rows of 128
 // bytes, of which every EVERY-th group of eight from first_row on is multiplied), or for TF32 a_registers
 // (steps, 128, 4); b (COLUMNS rows of 128 bytes), with PANELS panels of 64 rows; d (128, COLUMNS / 8, 4).
 template <Kind KIND, int COLUMNS, bool PANELS, int EVERY>
@@ -114,8 +114,8 @@ multiply_by_warpgroup(const uint32_t* a_rows, const uint32_t* a_registers, const
                       int first, int last, int first_row) {
     constexpr int ROW = 128, PANEL = 64 * ROW;
     unsigned char* a_memory = dynamic_shared_memory<unsigned char>();
-    unsigned char* b_memory = a_memory + EVERY * 64 * ROW;
-    put_rows(a_memory, a_rows, EVERY * 64);
+    unsigned char* b_memory = a_memory + (EVERY * 64 + 8) * ROW;
+    put_rows(a_memory, a_rows, EVERY * 64 + 8);
     put_rows(b_memory, b_rows, COLUMNS);
     constexpr int SUMS = COLUMNS / 2;  // of a thread
     float d[COLUMNS / 8][4];

@@ -7,7 +7,7 @@ import pytest
 
 from gradengine.kernels import pack_conv2d, settings
 from gradengine.kernels.cuda import conv2d, launch
-from gradengine.kernels.cuda.conv2d import TILES
+from gradengine.kernels.cuda.conv2d import TILES, WINDOW_TILES
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.emulator.fixtures import SCHEDULES
 from tests.kernels.conftest import Place
@@ -39,6 +39,14 @@ CASES = {
     "wide_kernel": ((1, 8, 3, 16), (8, 8, 2, 15), 1, (1, 14), 1, 1),
     "only_padding": ((1, 8, 1, 1), (8, 8, 2, 2), 3, 4, 1, 1),
 }
+
+# Of a stride of 1: tiles may have windows of the source.
+WINDOW_CASES = {
+    "several_tiles": ((5, 72, 9, 8), (136, 72, 3, 3), 1, 1, 1, 1),
+    "no_padding": ((2, 64, 7, 9), (24, 64, 3, 2), 1, 0, 1, 1),
+    "much_padding": ((2, 16, 3, 4), (16, 16, 3, 3), 1, (2, 2), 1, 1),
+    "lines_only": ((3, 8, 10, 5), (8, 8, 5, 1), 1, (2, 0), 1, 1),
+} | {name: CASES[name] for name in ("dilation", "one_sided_padding", "groups", "wide_kernel")}
 
 # Channels of x that fill no chunks: filled up with zeros, by pairs of pixels where that is possible.
 FILLED_CASES = {
@@ -136,7 +144,8 @@ def test_gradient_by_input(case, dtype, cuda_place, rng):
 
 
 def tile_name(tile):
-    return f"{tile.rows}x{tile.columns}" + ("_by_warpgroups" if conv2d.by_warpgroups(tile) else "")
+    kind = "_window" if tile in WINDOW_TILES else "_by_warpgroups"
+    return f"{tile.rows}x{tile.columns}" + (kind if conv2d.by_warpgroups(tile) else "")
 
 
 def set_tile(monkeypatch, tile):
@@ -164,7 +173,33 @@ def test_each_tile(tile, dtype, cuda_place, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=tile_name)
+@pytest.mark.parametrize("tile", WINDOW_TILES, ids=tile_name)
+@pytest.mark.parametrize("case", WINDOW_CASES)
+def test_windows(case, tile, dtype, cuda_place, rng, monkeypatch):
+    set_tile(monkeypatch, tile)
+    geometry, x, weight, grad = drawn(WINDOW_CASES[case], rng, dtype)
+    check_forward(cuda_place, geometry, x, weight)
+    check_grad_input(cuda_place, geometry, x, weight, grad)
+    assert kinds() >= {"conv2d_forward_window", "conv2d_grad_input_window"}
+
+
+@pytest.mark.parametrize("case", [*CASES, *FILLED_CASES])
+def test_windows_are_for_a_stride_of_1(case):
+    x_shape, weight_shape, *attributes = (CASES | FILLED_CASES)[case]
+    geometry = conv2d_geometry(x_shape, weight_shape, *attributes)
+    for which in ("forward", "gradient"):
+        window = conv2d.window_of(which, geometry, 4)
+        fits = attributes[0] == 1 and geometry.kernel_height * geometry.kernel_width > 1
+        fills_chunks = which == "gradient" or geometry.in_channels % 4 == 0
+        assert (window is not None) == (fits and fills_chunks)
+    limits = launch.Limits(architecture=90, multiprocessors=132, shared_bytes=227 << 10)
+    tiles = conv2d.possible_tiles(limits, window)
+    assert bool(WINDOW_TILES.keys() & tiles) == (window is not None)
+    assert not WINDOW_TILES.keys() & TILES.keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [*TILES, *WINDOW_TILES], ids=tile_name)
 def test_shared_memory_has_no_conflicts(tile, dtype, emulated_cuda, rng, monkeypatch):
     set_tile(monkeypatch, tile)
     geometry, x, weight, grad = drawn(CASES["square"], rng, dtype)
@@ -178,8 +213,10 @@ def test_shared_memory_has_no_conflicts(tile, dtype, emulated_cuda, rng, monkeyp
 
 @pytest.mark.parametrize("dtype", [DTYPES[0], BFLOAT16], ids=str)
 @pytest.mark.parametrize("case", ["square", "stride"])
-@pytest.mark.parametrize("tile", TILES, ids=tile_name)
+@pytest.mark.parametrize("tile", [*TILES, *WINDOW_TILES], ids=tile_name)
 def test_every_schedule_gives_the_same_bits(case, dtype, tile, emulated_cuda, rng, monkeypatch):
+    if tile in WINDOW_TILES and case == "stride":
+        pytest.skip("windows are for a stride of 1")
     set_tile(monkeypatch, tile)
     geometry, x, weight, grad = drawn(CASES[case], rng, dtype)
     results = []

@@ -319,7 +319,17 @@ def group_d_places(columns):
     return rows, D_COLUMNS[:, None, None] + 8 * block + i % 2
 
 
-@pytest.mark.parametrize("a_rows", ["all", "even groups", "odd groups"])
+# Rows of a: every how manieth group of eight, and from which row on; 1024 bytes are 8 rows.
+A_ROWS = {
+    "all": (1, 0),
+    "even groups": (2, 0),
+    "odd groups": (2, 8),
+    "from the 3rd": (1, 2),
+    "from the 6th, every second group": (2, 5),
+}
+
+
+@pytest.mark.parametrize("a_rows", A_ROWS)
 @pytest.mark.parametrize("steps", [(0, 1), (2, 3), (3, 4), (0, 4)], ids=str)
 @pytest.mark.parametrize("b_in", ["rows", "panels"])
 @pytest.mark.parametrize("columns", [64, 128])
@@ -329,8 +339,8 @@ def test_products_of_warpgroups(columns, b_in, steps, a_rows, kind, machine, rng
     if kind == "TF32" and (b_in == "panels" or a_rows != "all"):
         pytest.skip("TF32 operands lie in rows, and a in registers")
     depth = 32 if kind == "TF32" else 64
-    every, first_row = 1 if a_rows == "all" else 2, 8 if a_rows == "odd groups" else 0
-    shapes = ((64 * every, depth), (depth, columns), (64, columns))
+    every, first_row = A_ROWS[a_rows]
+    shapes = ((64 * every + 8, depth), (depth, columns), (64, columns))
     a, b, d = (rng.standard_normal(shape).astype("f4") for shape in shapes)
     (a_bits, a_means), (b_bits, b_means) = to_bits(kind, a), to_bits(kind, b)
     if b_in == "rows":
@@ -349,9 +359,10 @@ def test_products_of_warpgroups(columns, b_in, steps, a_rows, kind, machine, rng
         *(a_bits.view(np.uint32), registers, b_rows.view(np.uint32), found),
         *(np.int32(steps[0]), np.int32(steps[1]), np.int32(first_row)),
         block=128,
-        shared_bytes=(64 * every + columns) * 128,
+        shared_bytes=(64 * every + 8 + columns) * 128,
     )
-    multiplied = a_means.reshape(-1, 8, depth)[first_row // 8 :: every].reshape(64, depth)
+    rows = first_row + np.arange(8)[:, None] * 8 * every + np.arange(8)
+    multiplied = a_means[rows.reshape(64)]
     part = slice(steps[0] * depth // 4, steps[1] * depth // 4)
     exact = d + multiplied[:, part] @ b_means[part]
     sizes = np.abs(d) + np.abs(multiplied[:, part]) @ np.abs(b_means[part])

@@ -13,6 +13,7 @@ import pytest
 
 from gradengine import kernels
 from gradengine.kernels import settings
+from gradengine.kernels.cuda import conv2d
 from gradengine.kernels.geometry import conv2d_geometry, pool2d_geometry
 
 BFLOAT16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
@@ -57,6 +58,18 @@ def test_conv2d(case, dtype, draw):
     kernels.conv2d_moments(x, weight, bias, geometry)
     kernels.conv2d_grad_input(grad, weight, geometry)
     assert np.isfinite(kernels.conv2d_grad_weight(grad, x, geometry).astype(np.float32)).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("tile", conv2d.WINDOW_TILES, ids=str)
+def test_conv2d_with_windows(tile, dtype, draw, monkeypatch):
+    for plan in (conv2d._forward_plan, conv2d._grad_input_plan):
+        monkeypatch.setattr(conv2d, plan.__name__, plan.__wrapped__)  # not from the cache
+    monkeypatch.setattr(conv2d, "_choose_tile", lambda *_: tile)
+    geometry = conv2d_geometry((3, 72, 9, 8), (72, 72, 3, 3), 1, 1)
+    x, weight = draw((3, 9, 8, 72), dtype), draw((72, 3, 3, 72), dtype)
+    out, _, _ = kernels.conv2d_moments(x, weight, None, geometry)
+    assert np.isfinite(kernels.conv2d_grad_input(out, weight, geometry).astype(np.float32)).all()
 
 
 @every_dtype
