@@ -148,9 +148,8 @@ struct WindowTable {
 // ---- loaders ----------------------------------------------------------------------------------------------
 
 // The depth is taps times channels. Where a slab's are channels of one tap, the next slab is of the next tap, and all
-// taps come before the next channels: what taps read overlaps, and is still in the L1 cache. (Multiprocessors read
-// from the L2 cache no faster than tensor cores need it.) Few channels fill slabs with several taps: from tap to tap
-// then, as weights lie.
+// taps come before the next channels: what taps read overlaps, and is still in a cache. Few channels fill slabs with
+// several taps: from tap to tap then, as weights lie.
 
 // Operand a: for each row, all taps of its pixel, of each tap padded_channels channels.
 template <typename Slab>
@@ -189,7 +188,7 @@ struct PixelLoader {
 #pragma unroll
             for (int i = 0; i < READ_AHEAD; ++i) {
                 const bool inside = (read[i].taps & needed) == needed;
-                copy_async<CHUNK_BYTES, true>(Slab::destination(slab, first + i), tap + read[i].source, inside);
+                copy_async<CHUNK_BYTES>(Slab::destination(slab, first + i), tap + read[i].source, inside);
             }
         }
         int moved = distance(part.advance_y, part.advance_x, part.advance_channels);

@@ -54,14 +54,13 @@ DEVICE uint16_t float_to_bfloat16_bits(float value) {
 
 // Copies BYTES (4, 8 or 16) without passing through registers, or writes zeros where not valid; source
 // must be a valid address either way, both addresses multiples of BYTES. It lands at a later
-// wait_copies. Before sm_80 it is an ordinary copy. REUSED: the L1 cache keeps it, since the block
-// copies the same memory again soon.
-template <int BYTES, bool REUSED = false>
+// wait_copies. Before sm_80 it is an ordinary copy.
+template <int BYTES>
 DEVICE void copy_async(void* destination, const void* source, bool valid) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
 #if __CUDA_ARCH__ >= 800
     const int bytes = valid ? BYTES : 0;
-    if constexpr (BYTES == 16 && !REUSED) {
+    if constexpr (BYTES == 16) {  // past the L1 cache: measured, it is no slower
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                      :: "r"(shared_address(destination)), "l"(source), "r"(bytes) : "memory");
     } else {

@@ -18,7 +18,7 @@ DEVICE uint16_t float_to_float16_bits(float value) { return emulator::float_to_f
 
 DEVICE uint16_t float_to_bfloat16_bits(float value) { return emulator::float_to_bfloat16_bits(value); }
 
-template <int BYTES, bool REUSED = false>
+template <int BYTES>
 DEVICE void copy_async(void* destination, const void* source, bool valid,
                        EmulatorSite site = EmulatorSite::here()) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
