@@ -59,6 +59,8 @@ def test_the_fastest_tile_serves_and_is_looked_for_once(clock, rng, monkeypatch)
     assert len(timed) == 2 * len(tiles)
     assert tiles_loaded() >= names_of(tiles[-1])
     assert not tiles_loaded() & names_of(tiles[0])
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_that_is_captured_takes_what_is_known(clock, rng, monkeypatch):
