@@ -146,7 +146,11 @@ class Device:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        return graph.replay
+
+        def replay(kept: Run = step) -> None:  # a graph does not keep the model and images it reads
+            graph.replay()
+
+        return replay
 
     def torch_compile(self, function: Callable[..., Any], mode: str) -> Callable[..., Any]:
         return self.torch.compile(function, mode=mode)

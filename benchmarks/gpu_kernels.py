@@ -127,12 +127,12 @@ def _cupy_product(device: Device, shape: tuple[Any, ...], precision: str) -> Con
         out = device.xp.empty((x.shape[0], y.shape[1]), x.dtype)
         core: Any = getattr(device.xp, "_core", None)
         if precision != "tf32" or not hasattr(core, "set_compute_type"):  # NumPy has no such thing
-            return lambda: device.xp.matmul(x, y, out)
+            return lambda: device.xp.matmul(x, y, out=out)
         usual, tf32 = core.get_compute_type(x.dtype), _tf32_compute_type()
 
         def run() -> None:
             core.set_compute_type(x.dtype, tf32)
-            device.xp.matmul(x, y, out)
+            device.xp.matmul(x, y, out=out)
             core.set_compute_type(x.dtype, usual)
 
         return run

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -575,3 +578,23 @@ def test_the_profile_of_the_host_times_calls_and_prints_functions(capsys, monkey
         assert f"gradengine {precision}, batch 2: the host queues a step in" in out
     assert out.count("Ordered by: internal time") == out.count("Ordered by: cumulative time") == 2
     assert "(backward)" in out
+
+
+def test_a_captured_step_of_pytorch_keeps_the_memory_that_its_graph_reads():
+    """A graph holds addresses only: the step has to live as long as what replays it."""
+    graph = SimpleNamespace(replay=lambda: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=lambda one: nullcontext(),
+        CUDAGraph=lambda: graph,
+        graph=lambda one: nullcontext(),
+    )
+    device: Any = SimpleNamespace(torch=SimpleNamespace(cuda=cuda))
+    images = np.ones(3)
+    replay = gpu_device.Device.torch_capture(device, partial(np.sum, images))
+    known = weakref.ref(images)
+    del images
+    replay()
+    assert known() is not None

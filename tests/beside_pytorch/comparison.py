@@ -13,7 +13,7 @@ import numpy as np
 import gradengine as ge
 
 try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 except ImportError:
     torch: Any = None
 
