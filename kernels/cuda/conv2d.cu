@@ -148,7 +148,7 @@ struct WindowTable {
 // ---- loaders ----------------------------------------------------------------------------------------------
 
 // The depth is taps times channels. Where a slab's are channels of one tap, the next slab is of the next tap, and all
-// taps come before the next channels: what taps read overlaps, and is still in a cache. Few channels fill slabs with
+// taps come before the next channels: what they read overlaps. Few channels fill slabs with
 // several taps: from tap to tap then, as weights lie.
 
 // Operand a: for each row, all taps of its pixel, of each tap padded_channels channels.
@@ -481,7 +481,8 @@ struct ForwardResult {
     T* out;
     float* partials;
 
-    // Store the sums of rows whose targets are given: channels from first_channel, the group's first, + first_column on.
+    // Store the sums of rows whose targets are given: channels from first_channel + first_column on, the group's
+    // first and the tile's.
     template <typename Tile>
     DEVICE void store(const Tile& tile, const int* targets, const Problem& problem, int first_channel,
                       int first_column) const {

@@ -1,5 +1,5 @@
-// Softmax cross entropy of rows of scores, and what their targets count for. THREADS threads make a row: a warp, which knows no barrier, or a
-// whole block.
+// Softmax cross entropy of rows of scores, and what their targets count for. THREADS threads make a row: a warp,
+// which knows no barrier, or a whole block.
 #include <elements.cuh>
 
 constexpr int WARP = 32;
