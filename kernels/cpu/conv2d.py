@@ -13,7 +13,7 @@ import numpy as np
 
 from gradengine.kernels import settings
 from gradengine.kernels.cpu import columns, direct, epilogue, winograd
-from gradengine.kernels.cpu.launch import kernel_input
+from gradengine.kernels.cpu.layout import kernel_input
 from gradengine.kernels.layout import Array, from_nhwc
 
 if TYPE_CHECKING:

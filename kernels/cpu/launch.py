@@ -12,7 +12,6 @@ from gradengine.kernels.cpu.memory import keep_freed_memory
 from gradengine.kernels.cpu.parts import part
 from gradengine.kernels.cpu.threads import LAUNCH_LOCK, prepare_launch, start_threads
 from gradengine.kernels.cpu.workers import launcher, run_workers
-from gradengine.kernels.layout import Array, to_nhwc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,10 +74,3 @@ def kernel_part(function: Callable[..., Any]) -> Any:
 def own_range(worker, workers, count):
     """Give the numbers below `count` that are a worker's own: neighbours, in order."""
     return range(count * worker // workers, count * (worker + 1) // workers)
-
-
-def kernel_input(x: Array) -> Array:
-    """Give x (N, C, H, W) as the (N, H, W, C) array that a compiled function takes."""
-    array = to_nhwc(x)
-    # To Numba a read-only array is another type: it would compile everything a second time.
-    return array if array.flags.writeable else array.copy()

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gradengine.kernels.cpu.launch import kernel_input, own_range, parallel_kernel
+from gradengine.kernels.cpu.launch import kernel_part, own_range, parallel_kernel
+from gradengine.kernels.cpu.layout import kernel_input
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array, from_nhwc
 
@@ -40,28 +41,30 @@ def batch_norm_act(
 ) -> tuple[Array, Array, Array, None]:
     array = kernel_input(x)
     mean, var = _moments(array) if moments is None else moments
-    with np.errstate(invalid="ignore"):  # inf - inf: nan is the answer
-        inv_std = scale = 1.0 / np.sqrt(var + eps)
-        if weight is not None:
-            scale = inv_std * weight
-        center = mean.astype(x.dtype)
-        shift = (center - mean) * scale
-        if bias is not None:
-            shift += bias
-        out = _scale_shift(array, center, scale, shift, residual, relu)
-        count = array.size // max(len(mean), 1)
-        if count:
-            _move(running_mean, mean, momentum)
-            _move(running_var, var * (count / max(count - 1, 1)), momentum)
+    count = array.size // max(len(mean), 1)
+    affine = as_vector(weight, x.dtype), as_vector(bias, x.dtype)
+    running = as_vector(running_mean, x.dtype), as_vector(running_var, x.dtype)
+    vectors = np.empty((3, _row_width(array)), x.dtype)
+    inv_std = np.empty(len(mean), x.dtype)
+    _prepare(
+        1, mean, var, *affine, eps, *running, momentum if count else 0.0,
+        count / max(count - 1, 1), vectors, inv_std,
+    )  # fmt: skip
+    for own, moved in zip((running_mean, running_var), running, strict=True):
+        if own is not None and own is not moved:
+            own[...] = moved
     if batches is not None:
         batches += 1
-    return out, center, inv_std.astype(x.dtype), None
+    return _affine_rows(array, vectors, residual, relu), vectors[0, : len(mean)], inv_std, None
 
 
-def _move(running: Array | None, found: Array, momentum: float) -> None:
-    if running is not None:
-        running *= 1 - momentum
-        running += momentum * found
+def as_vector(vector: Array | None, dtype: np.dtype) -> Array:
+    """Give a vector as a compiled function takes it, copied only if it is not so yet; None is empty."""
+    if vector is None:
+        return np.empty(0, dtype)
+    if vector.dtype == dtype and vector.flags.c_contiguous and vector.flags.writeable:
+        return vector
+    return np.array(vector, dtype)
 
 
 def batch_norm_act_grad(
@@ -79,33 +82,31 @@ def batch_norm_act_grad(
     # Without relu, grad itself says where it passes: everywhere but where it is 0 anyway.
     gate = kernel_input(out) if relu else grads
     behind_relu = np.empty_like(grads) if relu and wants_residual else None
-    total, products = _grad_sums(grads, gate, array, mean, behind_relu)
+    sums = _grad_sums(grads, gate, array, mean, behind_relu)
     if behind_relu is not None:
         grads = gate = behind_relu
     count = max(array.size // max(len(mean), 1), 1)
-    grad_weight = products * inv_std
-    # grad_x = scale * (g - mean(g) - (x - mean) * inv_std * mean(g * x_hat))
-    scale = inv_std.astype(np.float64) if weight is None else inv_std.astype(np.float64) * weight
-    slope = -scale * inv_std * grad_weight / count
-    shift = -scale * total / count
+    vectors = np.empty((4, _row_width(array)), x.dtype)
+    by_weight, by_bias = np.empty((2, len(mean)), x.dtype)
+    prepare_grad(
+        1, sums, as_vector(mean, x.dtype), as_vector(inv_std, x.dtype), as_vector(weight, x.dtype), count,
+        vectors, by_weight, by_bias,
+    )  # fmt: skip
     grad_x = np.empty_like(array)
-    vectors = _along_rows(array, scale, mean, slope, shift)
     _affine_pair(get_num_threads(), _flat(grads), _flat(gate), _flat(array), vectors, _flat(grad_x))
     grad_residual = from_nhwc(grads) if wants_residual else None
-    sums = grad_weight.astype(x.dtype), total.astype(x.dtype)
-    return from_nhwc(grad_x), *sums, grad_residual
+    return from_nhwc(grad_x), by_weight, by_bias, grad_residual
 
 
 def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:
-    return _scale_shift(kernel_input(x), np.zeros_like(scale), scale, shift, residual, relu)
+    array = kernel_input(x)
+    vectors = _along_rows(array, np.zeros_like(scale), scale, shift)
+    return _affine_rows(array, vectors, residual, relu)
 
 
-def _scale_shift(
-    array: Array, center: Array, scale: Array, shift: Array, residual: Array | None, relu: bool
-) -> Array:
-    """Give relu((x - center) * scale + shift + residual) of the (N, H, W, C) array x."""
+def _affine_rows(array: Array, vectors: Array, residual: Array | None, relu: bool) -> Array:
+    """Give relu((x - center) * scale + shift + residual) of x (N, H, W, C); vectors (3, width)."""
     out = np.empty_like(array)
-    vectors = _along_rows(array, center, scale, shift)
     added = array if residual is None else kernel_input(residual)
     floor = array.dtype.type(0 if relu else -np.inf)
     flat = (_flat(array), vectors, _flat(added))
@@ -124,30 +125,30 @@ def _moments(array: Array) -> tuple[Array, Array]:
         step = -(-len(pixels) // ORIGIN_PIXELS)
         origin = pixels[::step].mean(axis=0, dtype=np.float64).astype(array.dtype)
         (along,) = _along_rows(array, origin)
-        total, squares = _part_sums(array, _sum_moments, _flat(array), along)
+        parts = _part_sums(array, _sum_moments, _flat(array), along)
+        total, squares = parts.reshape(len(parts), 2, -1, channels).sum(axis=(0, 2))
         offset = total / len(pixels)
         return origin + offset, np.maximum(squares / len(pixels) - offset * offset, 0.0)
 
 
-def _grad_sums(
-    grads: Array, gate: Array, array: Array, mean: Array, passed: Array | None
-) -> tuple[Array, Array]:
-    """Sum g and g * (x - mean) over the pixels, g being grads where gate is not 0; fill passed with g."""
+def _grad_sums(grads: Array, gate: Array, array: Array, mean: Array, passed: Array | None) -> Array:
+    """Sum g and g * (x - mean) over the pixels, g being grads where gate is not 0; fill passed with g.
+
+    The sums are parts, as `_part_sums` gives them.
+    """
     (center,) = _along_rows(array, mean)
     target = grads if passed is None else passed
     arguments = (_flat(grads), _flat(gate), _flat(array), center, passed is not None, _flat(target))
     return _part_sums(array, _sum_grads, *arguments)
 
 
-def _part_sums(array: Array, kernel: Any, *arguments: Any) -> tuple[Array, Array]:
-    """Give the two sums by channel, in float64, that a kernel leaves in parts of array's rows."""
-    channels = array.shape[-1]
+def _part_sums(array: Array, kernel: Any, *arguments: Any) -> Array:
+    """Give the two sums, (parts, 2, width) in float64, that a kernel makes of parts of array's rows."""
     width = _row_width(array)
     rows = -(-array.size // max(width, 1))
     parts = np.zeros((min(MOST_PARTS, -(-rows // BLOCK_ROWS)), 2, width))
     kernel(get_num_threads(), *arguments, parts)
-    sums = parts.reshape(len(parts), 2, width // max(channels, 1), channels).sum(axis=(0, 2))
-    return sums[0], sums[1]
+    return parts
 
 
 def _row_width(array: Array) -> int:
@@ -221,6 +222,68 @@ def _sum_grads(worker, workers, grad, gate, x, center, stores, passed, parts):
             for i in range(width):
                 parts[part, 0, i] += total[i]
                 parts[part, 1, i] += products[i]
+
+
+@parallel_kernel
+def _prepare(
+    worker, workers, mean, var, weight, bias, eps, running_mean, running_var, momentum, unbiased,
+    vectors, inv_std,
+):  # fmt: skip
+    """Write center, scale and shift along a row, and 1 / standard deviation; move running statistics.
+
+    weight, bias and the running statistics are empty where there are none.
+    """
+    for c in range(len(mean)):
+        scale = 1.0 / np.sqrt(var[c] + eps)
+        inv_std[c] = scale
+        if len(weight):
+            scale *= weight[c]
+        vectors[0, c] = mean[c]
+        vectors[1, c] = scale
+        shift = (vectors[0, c] - mean[c]) * scale
+        vectors[2, c] = shift + bias[c] if len(bias) else shift
+        if len(running_mean):
+            running_mean[c] = (1.0 - momentum) * running_mean[c] + momentum * mean[c]
+        if len(running_var):
+            running_var[c] = (1.0 - momentum) * running_var[c] + momentum * unbiased * var[c]
+    _repeat(vectors, len(mean))
+
+
+@parallel_kernel
+def prepare_grad(worker, workers, parts, mean, inv_std, weight, count, vectors, by_weight, by_bias):
+    """Write scale, center, slope and shift along a row, and the gradients by weight and bias.
+
+    Of the sums g and g * (x - mean) in parts (parts, 2, width), which this adds up in parts[0]:
+    grad_x = scale * (g - mean(g) - (x - mean) * inv_std * mean(g * x_hat)).
+    """
+    channels, width = len(mean), vectors.shape[1]
+    for part in range(1, len(parts)):
+        for i in range(width):
+            parts[0, 0, i] += parts[part, 0, i]
+            parts[0, 1, i] += parts[part, 1, i]
+    for c in range(channels):
+        total, products = 0.0, 0.0
+        if len(parts):
+            for i in range(c, width, channels):
+                total += parts[0, 0, i]
+                products += parts[0, 1, i]
+        inverse = np.float64(inv_std[c])
+        scale = inverse * weight[c] if len(weight) else inverse
+        by_weight[c] = products * inverse
+        by_bias[c] = total
+        vectors[0, c] = scale
+        vectors[1, c] = mean[c]
+        vectors[2, c] = -scale * inverse * inverse * products / count
+        vectors[3, c] = -scale * total / count
+    _repeat(vectors, channels)
+
+
+@kernel_part
+def _repeat(vectors, channels):
+    """Repeat the first `channels` of each vector along a row."""
+    for i in range(channels, vectors.shape[1]):
+        for vector in range(len(vectors)):
+            vectors[vector, i] = vectors[vector, i - channels]
 
 
 @parallel_kernel

@@ -1,13 +1,23 @@
-"""Batch normalization, ReLU and a max pool, one after the other: each is a pass of its own here."""
+"""Batch normalization, ReLU and a max pool: forward one after the other, back in two passes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradengine.kernels.cpu.activation import relu_grad
-from gradengine.kernels.cpu.normalization import batch_norm_act, batch_norm_act_grad
-from gradengine.kernels.cpu.pooling import max_pool2d, max_pool2d_scatter
-from gradengine.kernels.layout import Array
+import numpy as np
+
+from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.layout import kernel_input
+from gradengine.kernels.cpu.normalization import (
+    MOST_PARTS,
+    as_vector,
+    batch_norm_act,
+    prepare_grad,
+)
+from gradengine.kernels.cpu.pooling import max_pool2d
+from gradengine.kernels.cpu.threads import get_num_threads
+from gradengine.kernels.geometry import covering_windows
+from gradengine.kernels.layout import Array, from_nhwc
 
 if TYPE_CHECKING:
     from gradengine.kernels.geometry import Pool2dGeometry
@@ -44,10 +54,77 @@ def batch_norm_relu_max_pool_grad(
     inv_std: Array,
     geometry: Pool2dGeometry,
 ) -> tuple[Array, Array, Array]:
+    pixels, channels = kernel_input(x), len(mean)
     # Where the largest pixel of a window is 0, relu lets nothing through.
-    by_normalized = max_pool2d_scatter(relu_grad(grad, out), winners, geometry)
-    arguments = (None, None, weight, mean, inv_std, False, False)
-    return batch_norm_act_grad(by_normalized, x, *arguments)[:3]
+    windows = kernel_input(grad), kernel_input(out), kernel_input(winners)
+    center = as_vector(mean, x.dtype)
+    sums = np.zeros((min(MOST_PARTS, geometry.batch * geometry.out_height), 2, channels))
+    _sum_windows(get_num_threads(), *windows, pixels, center, sums)
+    vectors = np.empty((4, channels), x.dtype)
+    by_weight, by_bias = np.empty((2, channels), x.dtype)
+    count = max(pixels.size // max(channels, 1), 1)
+    scales = as_vector(inv_std, x.dtype), as_vector(weight, x.dtype)
+    prepare_grad(1, sums, center, *scales, count, vectors, by_weight, by_bias)
+    by_x = np.empty_like(pixels)
+    _scatter(get_num_threads(), *windows, pixels, *covering_windows(geometry), vectors, by_x)
+    return from_nhwc(by_x), by_weight, by_bias
+
+
+@parallel_kernel
+def _sum_windows(worker, workers, grad, gate, winners, x, center, parts):
+    """Sum g and g * (x - center) at the winners, g being grad where gate is not 0, by channel.
+
+    grad, gate and winners (N, P, Q, C), x (N, H, W, C), parts (parts, 2, C) zeros.
+    """
+    batch, height, width, channels = grad.shape
+    plane = x.shape[1] * x.shape[2] * channels
+    for part in own_range(worker, workers, len(parts)):
+        total, products = parts[part, 0], parts[part, 1]
+        rows = batch * height
+        for row in range(part * rows // len(parts), (part + 1) * rows // len(parts)):
+            values = x.reshape(x.size)[row // height * plane : (row // height + 1) * plane]
+            for column in range(width):
+                at = row // height, row % height, column
+                grads, passes, index = grad[at], gate[at], winners[at]
+                for channel in range(channels):
+                    value = grads[channel] if passes[channel] != 0 else 0
+                    total[channel] += value
+                    peak = values[np.int64(index[channel]) * channels + channel]
+                    products[channel] += value * (peak - center[channel])
+
+
+@parallel_kernel
+def _scatter(
+    worker, workers, grad, gate, winners, x, covering_rows, covering_columns, vectors, out
+):
+    """Fill out with g * scale + (x - center) * slope + shift, g being what windows pass to a pixel.
+
+    grad, gate and winners (N, P, Q, C), covering_rows (H, R), covering_columns (W, S), x and out
+    (N, H, W, C).
+    """
+    batch, height, width, channels = out.shape
+    scale, center, slope, shift = vectors[0], vectors[1], vectors[2], vectors[3]
+    for row in own_range(worker, workers, batch * height):
+        image, input_row = row // height, row % height
+        for column in range(width):
+            target, values = out[image, input_row, column], x[image, input_row, column]
+            position = np.int32(input_row * width + column)
+            for channel in range(channels):
+                target[channel] = 0
+            for r in range(covering_rows.shape[1]):
+                out_row = covering_rows[input_row, r]
+                for s in range(covering_columns.shape[1]):
+                    out_column = covering_columns[column, s]
+                    if out_row >= 0 and out_column >= 0:
+                        source = grad[image, out_row, out_column]
+                        passes = gate[image, out_row, out_column]
+                        index = winners[image, out_row, out_column]
+                        for channel in range(channels):
+                            wins = (index[channel] == position) & (passes[channel] != 0)
+                            target[channel] += source[channel] if wins else 0
+            for channel in range(channels):
+                value = target[channel] * scale[channel] + shift[channel]
+                target[channel] = value + (values[channel] - center[channel]) * slope[channel]
 
 
 def winning_positions(winners: Array, geometry: Pool2dGeometry) -> Array:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradengine.kernels.cpu.launch import kernel_input, own_range, parallel_kernel
+from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.layout import kernel_input
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.geometry import covering_windows, tap_positions, window_divisors
 from gradengine.kernels.layout import Array, from_nhwc
@@ -118,8 +119,7 @@ def _max_pool2d_scatter(
                     source = grad[image, out_row, out_column]
                     index = indices[image, out_row, out_column]
                     for channel in range(channels):
-                        if index[channel] == position:
-                            target[channel] += source[channel]
+                        target[channel] += source[channel] if index[channel] == position else 0
 
 
 @parallel_kernel
