@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradengine.kernels.cpu import epilogue, microkernel
-from gradengine.kernels.cpu.direct import pack, pack_panel, taps_and_steps, whole_columns
-from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
+from gradengine.kernels.cpu.direct import pack, pack_panel, pack_taps, taps_and_steps
+from gradengine.kernels.cpu.launch import kernel_part, own_range, parallel_kernel
 from gradengine.kernels.cpu.microkernel import columns_of
-from gradengine.kernels.cpu.simd import pointer
+from gradengine.kernels.cpu.simd import clear_run, copy_run, pointer
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.cpu.workspace import workspace
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # output pixels whose columns a worker copies at a time
 PAD = 16  # elements between columns, which must not lie 4096 bytes apart
+DEPTH = 128  # pixels that are multiplied at a time: what they have of a panel stays in L1
 CHUNK_BYTES = 8 << 20  # of columns, written by one loop and read by the next, from L3
 
 
@@ -46,22 +47,17 @@ def _copy_columns(x, out, first, stop, sizes, scratch, row):
     """Copy what the output pixels first to stop read, to rows of scratch; padding becomes zero."""
     height, width, down, along, spread_r, spread_s, top, left, _ = sizes
     channels = x.shape[3]
-    numbers = x.reshape(x.size)
     for pixel in range(first, stop):
         image, place = pixel // (out.shape[1] * out.shape[2]), pixel % (out.shape[1] * out.shape[2])
         for tap in range(height * width):
             y = place // out.shape[2] * down + tap // width * spread_r - top
             z = place % out.shape[2] * along + tap % width * spread_s - left
-            begin = (pixel - first) * row + tap * channels
-            target = scratch[begin : begin + channels]
+            target = pointer(scratch, (pixel - first) * row + tap * channels)
             if 0 <= y < x.shape[1] and 0 <= z < x.shape[2]:
-                at = ((image * x.shape[1] + y) * x.shape[2] + z) * channels
-                source = numbers[at : at + channels]
-                for c in range(channels):
-                    target[c] = source[c]
+                source = pointer(x, ((image * x.shape[1] + y) * x.shape[2] + z) * channels)
+                copy_run(source, target, channels)
             else:
-                for c in range(channels):
-                    target[c] = 0
+                clear_run(target, channels)
 
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -133,64 +129,101 @@ def _convolve(
 
 # ---- gradient by x -------------------------------------------------------------------------------
 
+FEW_PIXELS = 128  # for fewer, copying the weight costs more than the products
+RUNS = 16  # rows of the weight that are read at a time where it lies
 
-def grad_input(grad: Array, weight: Array, out: Array, geometry: Conv2dGeometry) -> None:
-    """Write the gradient by x, (N, H, W, C), for grad (N, P, Q, K) and weight (K, R, S, C)."""
-    weight = whole_columns(weight)
-    panels = weight.shape[3] // microkernel.width(grad.dtype)
-    workers = min(get_num_threads(), panels)
-    size = BLOCK * microkernel.width(grad.dtype)
-    with workspace(workers, size, dtype=grad.dtype) as scratch:
-        _grad_input(workers, grad, weight, out, taps_and_steps(geometry), scratch)
+
+def grad_input(
+    grad: Array, weight: Array, onto: Array, out: Array, geometry: Conv2dGeometry
+) -> None:
+    """Write the gradient by x, (N, H, W, C), for grad (N, P, Q, K) and weight (K, R, S, C).
+
+    onto, shaped like out or empty, is added.
+    """
+    outputs, width = grad.shape[3], microkernel.width(grad.dtype)
+    taps, panels = geometry.kernel_height * geometry.kernel_width, -(-out.shape[3] // width)
+    threads = get_num_threads()
+    if grad.size < FEW_PIXELS * outputs:  # all panels together: they read rows from end to end
+        weight, together, depth = whole_columns(weight), -(-panels // threads), RUNS
+        ways = width, weight.shape[3], taps * weight.shape[3]
+    else:
+        weight, together, depth = pack_taps(weight, 1), 1, outputs
+        ways = taps * outputs * width, outputs * width, width
+    with workspace(threads, together * taps * BLOCK * width, dtype=grad.dtype) as scratch:
+        sizes = taps_and_steps(geometry)
+        _grad_input(
+            threads, grad, weight.reshape(-1), ways, onto, out, sizes, together, depth, scratch
+        )
+
+
+def whole_columns(weight: Array) -> Array:
+    """Give weight (K, R, S, C) with channels of zeros up to a multiple of the tile's columns."""
+    missing = -weight.shape[3] % microkernel.width(weight.dtype)
+    return np.pad(weight, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else weight
 
 
 @parallel_kernel
-def _grad_input(worker, workers, grad, weight, out, sizes, scratch):
-    """Each task makes one panel of channels of all pixels: no two tasks add to one place."""
-    width = columns_of(out)
-    outputs, taps = grad.shape[3], weight.shape[1] * weight.shape[2]
-    pixels, own = grad.size // outputs, scratch[worker]
-    for panel in range(worker, weight.shape[3] // width, workers):
-        channel = panel * width
-        count = min(width, out.shape[3] - channel)
-        for pixel in range(out.size // out.shape[3]):
-            _clear(out, pixel * out.shape[3] + channel, count)
-        for first in range(0, pixels, BLOCK):
-            stop = min(first + BLOCK, pixels)
-            for tap in range(taps):
-                microkernel.multiply(
-                    stop - first, pointer(grad, first * outputs), outputs, 1, 0,
-                    pointer(weight, tap * weight.shape[3] + channel), taps * weight.shape[3], 0,
-                    pointer(own, 0), width, width, outputs, 1, False,
+def _grad_input(worker, workers, grad, weight, ways, onto, out, sizes, together, depth, scratch):
+    """Each task makes some panels of channels of all pixels: no two tasks add to one place.
+
+    ways: how far panels, taps and outputs of weight, flat, lie apart.
+    """
+    width, outputs, channels = columns_of(out), grad.shape[3], out.shape[3]
+    panels, own = (channels + width - 1) // width, scratch[worker]
+    for panel in range(worker * together, panels, workers * together):
+        stop_panel = min(panel + together, panels)
+        channel, stop_channel = panel * width, min(stop_panel * width, channels)
+        for pixel in range(out.size // channels):
+            begin = pixel * channels + channel
+            if onto.size:
+                copy_run(pointer(onto, begin), pointer(out, begin), stop_channel - channel)
+            else:
+                clear_run(pointer(out, begin), stop_channel - channel)
+        for first in range(0, grad.size // outputs, BLOCK):
+            stop = min(first + BLOCK, grad.size // outputs)
+            for begin in range(0, outputs, depth):
+                _multiply_taps(
+                    grad, first, stop, weight, ways, begin, min(depth, outputs - begin),
+                    sizes[0] * sizes[1], panel, stop_panel, own,
                 )  # fmt: skip
-                _add_to_pixels(own, grad, first, stop, tap, sizes, out, channel, count)
+            for number in range(panel, stop_panel):
+                _add_to_pixels(own, number - panel, grad, first, stop, sizes, out, number * width)
 
 
 @kernel_part
-def _clear(out, at, count):
-    target = out.reshape(out.size)[at : at + count]
-    for c in range(count):
-        target[c] = 0
+def _multiply_taps(
+    grad, first, stop, weight, ways, begin, depth, taps, panel, stop_panel, products
+):  # fmt: skip
+    """Add what `depth` outputs contribute to products (panels, taps, BLOCK pixels, columns)."""
+    outputs, width = grad.shape[3], columns_of(grad)
+    for tap in range(taps):
+        for number in range(panel, stop_panel):
+            place = ((number - panel) * taps + tap) * BLOCK * width
+            microkernel.multiply(
+                stop - first, pointer(grad, first * outputs + begin), outputs, 1, 0,
+                pointer(weight, number * ways[0] + tap * ways[1] + begin * ways[2]), ways[2], 0,
+                pointer(products, place), width, width, depth, 1, begin > 0,
+            )  # fmt: skip
 
 
 @kernel_part
-def _add_to_pixels(products, grad, first, stop, tap, sizes, out, channel, count):
-    """Add a tap's products (pixels, columns) to the input pixels that the tap reads."""
-    _, width, down, along, spread_r, spread_s, top, left, _ = sizes
+def _add_to_pixels(products, number, grad, first, stop, sizes, out, channel):
+    """Add the products of a panel, the `number`-th, to the input pixels that each tap reads."""
+    height, width, down, along, spread_r, spread_s, top, left, _ = sizes
+    columns, count = columns_of(out), min(columns_of(out), out.shape[3] - channel)
     numbers = out.reshape(out.size)
-    for pixel in range(first, stop):
-        image, place = (
-            pixel // (grad.shape[1] * grad.shape[2]),
-            pixel % (grad.shape[1] * grad.shape[2]),
-        )
-        y = place // grad.shape[2] * down + tap // width * spread_r - top
-        z = place % grad.shape[2] * along + tap % width * spread_s - left
-        if 0 <= y < out.shape[1] and 0 <= z < out.shape[2]:
-            at = ((image * out.shape[1] + y) * out.shape[2] + z) * out.shape[3] + channel
-            begin = (pixel - first) * columns_of(out)
-            target, source = numbers[at : at + count], products[begin : begin + count]
-            for c in range(count):
-                target[c] += source[c]
+    for tap in range(height * width):
+        for pixel in range(first, stop):
+            line, across = grad.shape[1], grad.shape[2]
+            image, place = pixel // (line * across), pixel % (line * across)
+            y = place // across * down + tap // width * spread_r - top
+            z = place % across * along + tap % width * spread_s - left
+            if 0 <= y < out.shape[1] and 0 <= z < out.shape[2]:
+                at = ((image * out.shape[1] + y) * out.shape[2] + z) * out.shape[3] + channel
+                begin = ((number * height * width + tap) * BLOCK + pixel - first) * columns
+                target, source = numbers[at : at + count], products[begin : begin + count]
+                for c in range(count):
+                    target[c] += source[c]
 
 
 # ---- gradient by the weight ----------------------------------------------------------------------
@@ -222,13 +255,21 @@ def _copy_chunk(worker, workers, x, grad, first, stop, sizes, row, columns):
 
 @parallel_kernel
 def _add_products(worker, workers, grad, first, stop, columns, out):
-    """Each task adds to one panel of the columns, for all outputs."""
+    """Each task adds to one panel of the columns, for all outputs.
+
+    Products of few pixels are soon made: then all panels of some outputs, which lie together.
+    """
     outputs, width = len(out), columns_of(out)
     depth = out.size // outputs
-    for panel in range(worker, (depth + width - 1) // width, workers):
-        microkernel.multiply(
-            outputs, pointer(grad, first * outputs), 1, outputs, 0,
-            pointer(columns, panel * width), depth + PAD, 0,
-            pointer(out, panel * width), depth, min(width, depth - panel * width),
-            stop - first, 1, first > 0,
-        )  # fmt: skip
+    rows = outputs if stop - first >= FEW_PIXELS else 4 * microkernel.ROWS
+    for row in range(0, outputs, rows):
+        for panel in own_range(worker, workers, (depth + width - 1) // width):
+            for begin in range(0, stop - first, DEPTH):
+                microkernel.multiply(
+                    min(rows, outputs - row),
+                    pointer(grad, (first + begin) * outputs + row), 1, outputs, 0,
+                    pointer(columns, begin * (depth + PAD) + panel * width), depth + PAD, 0,
+                    pointer(out, row * depth + panel * width), depth,
+                    min(width, depth - panel * width), min(DEPTH, stop - first - begin), 1,
+                    first + begin > 0,
+                )  # fmt: skip

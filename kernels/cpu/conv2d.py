@@ -65,11 +65,9 @@ def conv2d_grad_input(
     out = np.empty(shape, grad.dtype)
     if geometry.batch:
         algorithm = _algorithm(geometry, grad.dtype)
-        algorithm.grad_input(kernel_input(grad), kernel_input(weight), out, geometry)
-    out = from_nhwc(out)
-    if onto is not None:
-        out += onto
-    return out
+        onto = epilogue.absent(4, grad.dtype) if onto is None else kernel_input(onto)
+        algorithm.grad_input(kernel_input(grad), kernel_input(weight), onto, out, geometry)
+    return from_nhwc(out)
 
 
 def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:

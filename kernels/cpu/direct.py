@@ -15,9 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradengine.kernels.cpu import epilogue, microkernel
-from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
+from gradengine.kernels.cpu.launch import kernel_part, own_range, parallel_kernel
 from gradengine.kernels.cpu.microkernel import columns_of
-from gradengine.kernels.cpu.simd import lanes, pointer, shifted, transpose
+from gradengine.kernels.cpu.simd import (
+    clear_run,
+    copy_run,
+    lanes,
+    pointer,
+    shifted,
+    transpose,
+)
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.cpu.workspace import workspace
 
@@ -91,21 +98,17 @@ def pack_panel(weight, panel, target):
 def _copy_rows(x, image, top, left, rows, columns, scratch):
     """Copy rows x columns pixels of x (N, H, W, C), from (top, left) on; those outside are zero."""
     height, width, channels = x.shape[1], x.shape[2], x.shape[3]
-    numbers = x.reshape(x.size)
     before = min(max(-left, 0), columns)
     stop = max(min(columns, width - left), before)
     for i in range(rows):
-        at = i * columns * channels
+        target = pointer(scratch, i * columns * channels)
         inside = 0 <= top + i < height
         start, end = (before * channels, stop * channels) if inside else (0, 0)
-        for c in range(start):
-            scratch[at + c] = 0
+        clear_run(target, start)
         if inside:
             source = ((image * height + top + i) * width + left) * channels
-            for c in range(start, end):
-                scratch[at + c] = numbers[source + c]
-        for c in range(end, columns * channels):
-            scratch[at + c] = 0
+            copy_run(pointer(x, source + start), shifted(target, start), end - start)
+        clear_run(shifted(target, end), columns * channels - end)
 
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -242,32 +245,56 @@ def _convolve_rows(x, packed, out, sizes, image, first, stop, panel, stop_panel,
 # ---- gradient by x -------------------------------------------------------------------------------
 
 
-def grad_input(grad: Array, weight: Array, out: Array, geometry: Conv2dGeometry) -> None:
+def grad_input(
+    grad: Array, weight: Array, onto: Array, out: Array, geometry: Conv2dGeometry
+) -> None:
     """Write the gradient by x, (N, H, W, C), for grad (N, P, Q, K) and weight (K, R, S, own C).
 
     With a stride, input pixels fall into classes that different taps reach: each class is a
-    product of its own, and no multiplication by a zero between pixels is made. The rows of weight
-    are read where they lie.
+    product of its own, and no multiplication by a zero between pixels is made. onto, shaped like
+    out or empty, is added.
     """
-    weight = whole_columns(weight)
+    packed = pack_taps(weight, geometry.groups)
     threads = get_num_threads()
     rows = _grad_block_rows(geometry, grad.itemsize)
     blocks = geometry.batch * -(-geometry.height // rows)
-    own = geometry.in_channels // geometry.groups
-    panels = geometry.groups * -(-own // microkernel.width(weight.dtype))
     even = blocks >= TASKS * threads or blocks % threads == 0
-    groups = 1 if even else min(threads, panels)
+    groups = 1 if even else min(threads, len(packed))
     workers = min(threads, blocks * groups)
     size = _grad_rows(geometry, rows) * _grad_columns(geometry) * geometry.out_channels
     with workspace(workers, size, dtype=grad.dtype) as scratch:
         sizes = taps_and_steps(geometry)
-        _grad_input(workers, grad, weight, out, sizes, panels, rows, groups, scratch)
+        _grad_input(workers, grad, packed, onto, out, sizes, rows, groups, scratch)
 
 
-def whole_columns(weight: Array) -> Array:
-    """Give weight (K, R, S, own C) with channels of zeros up to a multiple of the tile's columns."""
-    missing = -weight.shape[3] % microkernel.width(weight.dtype)
-    return np.pad(weight, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else weight
+def pack_taps(weight: Array, groups: int) -> Array:
+    """Lay weight (K, R, S, own C) out as (panels of C, taps, own K, columns).
+
+    Where it lies, what a tap reads is many pages apart. Missing columns are zero.
+    """
+    outputs, height, width, own = weight.shape
+    columns = microkernel.width(weight.dtype)
+    panels = groups * -(-own // columns)
+    packed = np.empty((panels, height * width, outputs // groups, columns), weight.dtype)
+    rows = weight.reshape(outputs, height * width, own)
+    _pack_taps(min(get_num_threads(), outputs), rows, packed)
+    return packed
+
+
+@parallel_kernel
+def _pack_taps(worker, workers, weight, packed):
+    _, taps, depth, columns = packed.shape
+    channels = weight.shape[2]
+    each = (channels + columns - 1) // columns
+    for k in own_range(worker, workers, len(weight)):
+        for tap in range(taps):
+            for number in range(each):
+                panel = k // depth * each + number
+                target = pointer(packed, ((panel * taps + tap) * depth + k % depth) * columns)
+                source = (k * taps + tap) * channels + number * columns
+                count = min(columns, channels - number * columns)
+                copy_run(pointer(weight, source), target, count)
+                clear_run(shifted(target, count), columns - count)
 
 
 def _grad_block_rows(geometry: Conv2dGeometry, itemsize: int) -> int:
@@ -291,23 +318,23 @@ def _grad_columns(geometry: Conv2dGeometry) -> int:
 
 
 @parallel_kernel
-def _grad_input(worker, workers, grad, weight, out, sizes, panels, rows, groups, scratch):
+def _grad_input(worker, workers, grad, packed, onto, out, sizes, rows, groups, scratch):
     """Each task makes `rows` input rows of one image, for one of `groups` ranges of panels."""
     height = out.shape[1]
     down = (height + rows - 1) // rows
-    part = (panels + groups - 1) // groups
+    part = (len(packed) + groups - 1) // groups
     for task in range(worker, len(out) * down * groups, workers):
         block, panel = task // groups, task % groups * part
         first = block % down * rows
         _grad_input_rows(
-            grad, weight, out, sizes, block // down, first, min(first + rows, height), panels,
-            panel, min(panel + part, panels), scratch[worker],
+            grad, packed, onto, out, sizes, block // down, first, min(first + rows, height), panel,
+            min(panel + part, len(packed)), scratch[worker],
         )  # fmt: skip
 
 
 @kernel_part
 def _grad_input_rows(
-    grad, weight, out, sizes, image, first, stop, panels, panel, stop_panel, scratch
+    grad, packed, onto, out, sizes, image, first, stop, panel, stop_panel, scratch
 ):
     """Make the input rows first to stop of an image, for the panels `panel` to `stop_panel`."""
     height, width, down, along, spread_r, spread_s, top, left, groups = sizes
@@ -317,12 +344,14 @@ def _grad_input_rows(
     across = (out.shape[2] - 1 + left) // along - start_column + 1
     _copy_rows(grad, image, start, start_column, rows, across, scratch)
     for number in range(panel, stop_panel):
-        channel, count = _panel_channels(number, panels, out, sizes)
+        channel, count = _panel_channels(number, len(packed), out, sizes)
         for row in range(first, stop):
             for phase in range(min(along, out.shape[2])):
                 at = ((image * out.shape[1] + row) * out.shape[2] + phase) * out.shape[3] + channel
                 pixels = (out.shape[2] - phase + along - 1) // along
-                reached = False
+                reached = onto.size > 0
+                if reached:
+                    _copy_channels(onto, out, at, pixels, along * out.shape[3], count)
                 for r in range(height):
                     if (row + top - r * spread_r) % down:
                         continue
@@ -332,8 +361,8 @@ def _grad_input_rows(
                             continue
                         column = (phase + left - s * spread_s) // along - start_column
                         _add_tap(
-                            scratch, line * across + column, weight, r * width + s, number,
-                            panels, groups, out, at, along, pixels, count, reached,
+                            scratch, line * across + column, packed, r * width + s, number,
+                            groups, out, at, along, pixels, count, reached,
                         )  # fmt: skip
                         reached = True
                 if not reached:
@@ -341,65 +370,68 @@ def _grad_input_rows(
 
 
 @kernel_part
-def _add_tap(grad, pixel, weight, tap, panel, panels, groups, out, at, along, pixels, count, adds):
+def _add_tap(grad, pixel, packed, tap, panel, groups, out, at, along, pixels, count, adds):
     """Add one tap's products to every `along`-th pixel of out from `at` on, for one panel."""
-    outputs, height, width, own = weight.shape
-    depth = outputs // groups
-    group, column = panel // (panels // groups), panel % (panels // groups) * columns_of(out)
-    source = (group * depth * height * width + tap) * own + column
+    panels, taps, depth, columns = packed.shape
+    outputs = groups * depth
+    group = panel // (panels // groups)
     microkernel.multiply(
         pixels, pointer(grad, pixel * outputs + group * depth), outputs, 1, 0,
-        pointer(weight, source), height * width * own, 0,
+        pointer(packed, (panel * taps + tap) * depth * columns), columns, 0,
         pointer(out, at), along * out.shape[3], count, depth, 1, adds,
     )  # fmt: skip
 
 
 @kernel_part
-def _clear(out, at, pixels, distance, count):
-    numbers = out.reshape(out.size)
+def _copy_channels(source, target, at, pixels, distance, count):
     for pixel in range(pixels):
-        for c in range(count):
-            numbers[at + pixel * distance + c] = 0
+        place = at + pixel * distance
+        copy_run(pointer(source, place), pointer(target, place), count)
+
+
+@kernel_part
+def _clear(out, at, pixels, distance, count):
+    for pixel in range(pixels):
+        clear_run(pointer(out, at + pixel * distance), count)
 
 
 # ---- gradient by the weight ----------------------------------------------------------------------
 
 PARTS = 4  # of the batch, each with sums of its own; fixed: any number of threads gives equal bits
 SMALL_BYTES = 1 << 20
-GRAD_BYTES = 256 << 10  # of rows of grad, which all taps pass: they stay in L2
+PANEL_BYTES = 24 << 10  # of one panel of some rows, copied side by side: it stays in L1
 
 
 def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
     """Give the gradient (K, R, S, own C) by the weight, for grad (N, P, Q, K) and x (N, H, W, C).
 
-    Where a row of the kernel is shorter than the microkernel is wide, as for three channels, x and
-    grad change roles and the gradient is made transposed.
+    Where a row of the kernel would leave much of the microkernel's columns empty, as for three
+    channels, x and grad change roles and the gradient is made transposed.
     """
     outputs, own, height, width = geometry.weight_shape
     columns = microkernel.width(x.dtype)
     joined = geometry.groups == 1 and geometry.dilation[1] == 1
-    swapped = joined and width * own < columns
+    swapped = joined and width * own % columns > 0 and width * own < 2 * columns
     shape = (height, width, own, outputs) if swapped else (outputs, height, width, own)
     small = outputs * height * width * own * x.itemsize <= SMALL_BYTES
     parts = min(geometry.batch, PARTS if small else 2)
     threads = get_num_threads()
     ranges = 1 if swapped else min(-(-threads // parts), outputs // geometry.groups)
     out = np.empty((parts, *shape), x.dtype)
-    # Unless a whole number of tiles fits, what follows the last pixel is read, though never used.
-    copied = any(map(any, geometry.padding)) or (width * own if joined else own) % columns
     size = _padded_rows(geometry, geometry.out_height) * _padded_columns(geometry)
-    size = size * geometry.in_channels + columns if copied else 0
-    rows = max(GRAD_BYTES // (geometry.out_width * outputs * x.itemsize), 1)
+    size = size * geometry.in_channels if any(map(any, geometry.padding)) else 0
+    rows = max(PANEL_BYTES // (geometry.out_width * microkernel.WIDTH_BYTES), 1)
+    panel = rows * geometry.out_width * columns
     workers = min(threads, parts * ranges)
-    with workspace(workers, size, dtype=x.dtype) as scratch:
+    with workspace(workers, panel + size, dtype=x.dtype) as scratch:
         sizes = taps_and_steps(geometry)
-        _grad_weight(workers, grad, x, out, sizes, ranges, rows, swapped, scratch)
+        _grad_weight(workers, grad, x, out, sizes, ranges, rows, swapped, panel, scratch)
     total = out[0] if parts == 1 else out.sum(axis=0)
     return np.ascontiguousarray(total.transpose(3, 0, 1, 2)) if swapped else total
 
 
 @parallel_kernel
-def _grad_weight(worker, workers, grad, x, out, sizes, ranges, rows, swapped, scratch):
+def _grad_weight(worker, workers, grad, x, out, sizes, ranges, rows, swapped, panel, scratch):
     """Each task sums some images' gradients, for one of `ranges` ranges of each group's outputs."""
     height, width, down, along, spread_r, spread_s, top, left, groups = sizes
     own = grad.shape[3] // groups
@@ -410,11 +442,11 @@ def _grad_weight(worker, workers, grad, x, out, sizes, ranges, rows, swapped, sc
         for image in range(start, stop):
             across = x.shape[2]
             pixels = pointer(x, image * x.shape[1] * across * x.shape[3])
-            if scratch.size:
+            if scratch.shape[1] > panel:
                 across = (grad.shape[2] - 1) * along + (width - 1) * spread_s + 1
                 lines = (grad.shape[1] - 1) * down + (height - 1) * spread_r + 1
-                _copy_rows(x, image, -top, -left, lines, across, scratch[worker])
-                pixels = pointer(scratch[worker], 0)
+                _copy_rows(x, image, -top, -left, lines, across, scratch[worker, panel:])
+                pixels = pointer(scratch[worker], panel)
             for first in range(0, grad.shape[1], rows):
                 count = min(rows, grad.shape[1] - first)
                 adds = image > start or first > 0
@@ -422,18 +454,19 @@ def _grad_weight(worker, workers, grad, x, out, sizes, ranges, rows, swapped, sc
                 at = (image * grad.shape[1] + first) * grad.shape[2] * grad.shape[3]
                 if swapped:
                     _add_rows_swapped(
-                        grad, at, count, source, across * x.shape[3], x, out[part], sizes, adds
-                    )
+                        grad, at, count, source, across * x.shape[3], x, out[part], sizes, adds,
+                        scratch[worker],
+                    )  # fmt: skip
                     continue
                 for group in range(groups):
                     _add_rows(
                         grad, at, count, source, across * x.shape[3], x, out[part], sizes, group,
-                        group * own + begin, min(length, own - begin), adds,
+                        group * own + begin, min(length, own - begin), adds, scratch[worker],
                     )  # fmt: skip
 
 
 @kernel_part
-def _add_rows(grad, at, rows, source, line, x, out, sizes, group, first, count, adds):
+def _add_rows(grad, at, rows, source, line, x, out, sizes, group, first, count, adds, panel):
     """Add some rows' products to the gradient (K, R, S, own C) of `count` outputs of a group."""
     height, width, down, along, spread_r, spread_s, _, _, groups = sizes
     channels, own = x.shape[3], out.shape[3]
@@ -444,26 +477,47 @@ def _add_rows(grad, at, rows, source, line, x, out, sizes, group, first, count, 
             pixels = shifted(source, r * spread_r * line + s * spread_s * channels + group * own)
             target = ((first * height + r) * width + s) * own
             for column in range(0, run, step):
+                _copy_panel(
+                    shifted(pixels, column), along * channels, down * line, rows, grad.shape[2],
+                    min(step, run - column), panel,
+                )  # fmt: skip
                 microkernel.multiply(
-                    count, pointer(grad, at + first), 1, grad.shape[3],
-                    grad.shape[2] * grad.shape[3],
-                    shifted(pixels, column), along * channels, down * line,
+                    count, pointer(grad, at + first), 1, grad.shape[3], 0,
+                    pointer(panel, 0), step, 0,
                     pointer(out, target + column), height * width * own, min(step, run - column),
-                    grad.shape[2], rows, adds,
+                    rows * grad.shape[2], 1, adds,
                 )  # fmt: skip
 
 
 @kernel_part
-def _add_rows_swapped(grad, at, rows, source, line, x, out, sizes, adds):
+def _add_rows_swapped(grad, at, rows, source, line, x, out, sizes, adds, panel):
     """Add some rows' products to the transposed gradient (R, S, C, K)."""
     height, width, down, along, spread_r = sizes[:5]
     channels, outputs, step = x.shape[3], out.shape[3], columns_of(out)
     run = width * channels
-    for r in range(height):
-        for column in range(0, outputs, step):
+    for column in range(0, outputs, step):
+        count = min(step, outputs - column)
+        _copy_panel(pointer(grad, at + column), outputs, 0, 1, rows * grad.shape[2], count, panel)
+        for r in range(height):
             microkernel.multiply(
                 run, shifted(source, r * spread_r * line), 1, along * channels, down * line,
-                pointer(grad, at + column), outputs, grad.shape[2] * outputs,
-                pointer(out, r * run * outputs + column), outputs, min(step, outputs - column),
-                grad.shape[2], rows, adds,
+                pointer(panel, 0), step, grad.shape[2] * step,
+                pointer(out, r * run * outputs + column), outputs, count, grad.shape[2], rows,
+                adds,
             )  # fmt: skip
+
+
+@kernel_part
+def _copy_panel(source, distance, line, rows, columns, count, panel):
+    """Copy `count` channels, at most as many as the tile is wide, of rows x columns pixels.
+
+    Read where they lie, pixels a power of two apart would share a few sets of L1.
+    """
+    step = columns_of(panel)
+    for row in range(rows):
+        for column in range(columns):
+            target = pointer(panel, (row * columns + column) * step)
+            if count == step:
+                microkernel.copy_columns(shifted(source, row * line + column * distance), target)
+            else:
+                copy_run(shifted(source, row * line + column * distance), target, count)

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
 
-from gradengine.kernels.cpu.launch import kernel_part
+from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
+from gradengine.kernels.cpu.simd import (
+    INDEX,
+    Loop,
+    Vector,
+    Vectors,
+    copy_run,
+    intrinsic,
+    lanes,
+    offset,
+    pointer,
+)
 
 if TYPE_CHECKING:
     from gradengine.kernels.layout import Array
@@ -27,11 +40,6 @@ def absent(ndim: int, dtype: np.dtype) -> Array:
     return np.empty((0,) * ndim, dtype)
 
 
-def no_finish(blocks: int, dtype: np.dtype) -> Finish:
-    """Leave the result of an algorithm in so many blocks as it is."""
-    return Finish(absent(1, dtype), absent(4, dtype), False, empty_moments(blocks, 0, dtype))
-
-
 def empty_moments(blocks: int, channels: int, dtype: np.dtype) -> Array:
     """Make room for what `finish_pixels` gathers, blocks of pixels by themselves."""
     return np.zeros((blocks, MOMENTS, channels), dtype)
@@ -42,13 +50,30 @@ def combine_moments(moments: Array) -> tuple[Array, Array]:
 
     Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
     """
-    if not len(moments):
-        return np.zeros(moments.shape[2]), np.zeros(moments.shape[2])
-    origin, count, total, squares = moments.astype(np.float64).transpose(1, 0, 2)
-    offset = total / count
-    mean = ((origin + offset) * count).sum(axis=0) / count.sum(axis=0)
-    spread = squares - offset * total + count * np.square(origin + offset - mean)
-    return mean, np.maximum(spread.sum(axis=0) / count.sum(axis=0), 0.0)
+    mean, var = np.zeros((2, moments.shape[2]))
+    if len(moments):
+        _combine(1, moments, mean, var)
+    return mean, var
+
+
+@parallel_kernel
+def _combine(worker, workers, moments, mean, var):
+    count = np.zeros(len(mean))
+    for block in moments:
+        for k in range(len(mean)):
+            count[k] += block[1, k]
+            mean[k] += np.float64(block[0, k]) * block[1, k] + block[2, k]
+    for k in range(len(mean)):
+        mean[k] /= count[k]
+    for block in moments:
+        for k in range(len(mean)):
+            total = np.float64(block[2, k])
+            offset = total / block[1, k]
+            distance = block[0, k] + offset - mean[k]
+            var[k] += block[3, k] - offset * total + block[1, k] * distance * distance
+    for k in range(len(mean)):
+        spread = var[k] / count[k]
+        var[k] = 0.0 if spread < 0.0 else spread  # nan passes
 
 
 @kernel_part
@@ -74,19 +99,70 @@ def finish_pixels(out, first, stop, channel, stop_channel, bias, residual, relu,
             for k in range(row.size):
                 row[k] = 0 if row[k] <= 0 else row[k]
     if moments.size:
-        _gather(pixels, first, stop, moments[:, channel:stop_channel], channel)
+        _gather(pixels, first, stop, moments, channel, stop_channel)
 
 
 @kernel_part
-def _gather(pixels, first, stop, moments, channel):
-    for k in range(moments.shape[1]):
-        if moments[1, k] == 0:
-            moments[0, k] = pixels[first, channel + k]
+def _gather(pixels, first, stop, moments, channel, stop_channel):
+    channels = pixels.shape[1]
+    if moments[1, channel] == 0:
+        copy_run(
+            pointer(pixels, first * channels + channel),
+            pointer(moments, channel),
+            stop_channel - channel,
+        )
+    for k in range(channel, stop_channel):
         moments[1, k] += stop - first
-    origin, total, squares = moments[0], moments[2], moments[3]
-    for pixel in range(first, stop):
-        row = pixels[pixel, channel : channel + origin.size]
-        for k in range(row.size):
-            distance = row[k] - origin[k]
-            total[k] += distance
-            squares[k] += distance * distance
+    while channel < stop_channel:
+        count = min(stop_channel - channel, SUMS * lanes(pixels))
+        _add_distances(
+            pointer(pixels, first * channels + channel), channels, stop - first,
+            pointer(moments, channel), channels, count,
+        )  # fmt: skip
+        channel += count
+
+
+SUMS = 4  # vectors of channels that are summed at once: an addition waits for the one before
+
+
+@intrinsic
+def _add_distances(typing_context, place, row, pixels, moments, moments_row, count):
+    """Add the distances of some pixels' channels from their origins, and the squares, to moments.
+
+    `count` is at most SUMS vectors.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, row, pixels, moments, moments_row, count = arguments
+        vectors = Vectors(builder, place.type.pointee)
+        starts = [ir.Constant(INDEX, vectors.lanes * i) for i in range(SUMS)]
+        masks = [vectors.mask(builder.sub(count, start)) for start in starts]
+        origins, *sums = (
+            [offset(builder, builder.gep(moments, [start]), (moments_row, i)) for start in starts]
+            for i in (0, 2, 3)
+        )
+        origins = [vectors.load(*at) for at in zip(origins, masks, strict=True)]
+        places = [*sums[0], *sums[1]]
+        before = [vectors.load(*at) for at in zip(places, masks * 2, strict=True)]
+        after = _sum_distances(vectors, place, row, pixels, origins, before, starts, masks)
+        for total, at, mask in zip(after, places, masks * 2, strict=True):
+            vectors.store(total, at, mask)
+        return context.get_dummy_value()
+
+    kinds = (place, types.intp, types.intp, moments, types.intp, types.intp)
+    return types.void(*kinds), generate
+
+
+def _sum_distances(
+    vectors: Vectors, place: Any, row: Any, pixels: Any, origins: Any, sums: Any, starts: Any,
+    masks: Any,
+) -> list[Vector]:  # fmt: skip
+    """Emit the loop over at least one pixel; the sums of distances and squares stay in registers."""
+    loop = Loop(vectors, pixels, [place], sums)
+    totals, squares = loop.sums[: len(origins)], loop.sums[len(origins) :]
+    for i, (origin, start, mask) in enumerate(zip(origins, starts, masks, strict=True)):
+        distance = vectors.load(vectors.builder.gep(loop.places[0], [start]), mask) - origin
+        totals[i] = totals[i] + distance
+        squares[i] = vectors.multiply_add(distance, distance, squares[i])
+    loop.repeat([row], [*totals, *squares])
+    return [*totals, *squares]

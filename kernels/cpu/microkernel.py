@@ -18,6 +18,7 @@ from gradengine.kernels.cpu.simd import (
     INDEX,
     REGISTERS,
     VECTOR_BYTES,
+    Loop,
     Vector,
     Vectors,
     intrinsic,
@@ -27,8 +28,9 @@ from gradengine.kernels.cpu.simd import (
 
 # Rows of the tiles, largest first: ROWS * VECTORS sums, VECTORS of b and one of a fill the registers.
 VECTORS = 2
-TILES = (14, 7, 4, 2, 1) if REGISTERS == 32 else (6, 4, 2, 1)
+TILES = (14, 7, 4, 2, 1) if REGISTERS == 32 else (6, 4, 3, 2, 1)
 ROWS = TILES[0]
+NEAR = 3  # rows whose places an instruction computes from one start
 WIDTH_BYTES = VECTORS * VECTOR_BYTES
 
 
@@ -41,6 +43,21 @@ def width(dtype: Any) -> int:
 def columns_of(array):
     """Return how many columns the tile has for an array's dtype, in compiled code."""
     return WIDTH_BYTES // array.itemsize
+
+
+@intrinsic
+def copy_columns(typing_context, source, target):
+    """Copy as many neighbouring elements as the tile has columns."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = Vectors(builder, arguments[0].type.pointee)
+        for column in range(VECTORS):
+            start = [ir.Constant(INDEX, column * vectors.lanes)]
+            source, target = (builder.gep(place, start) for place in arguments)
+            vectors.store(vectors.load(source), target)
+        return context.get_dummy_value()
+
+    return types.void(source, target), generate
 
 
 def _cascade(rows: int, rest: Any) -> Any:
@@ -117,57 +134,26 @@ def _sum(vectors: Vectors, rows: int, places: Any, strides: Any, counts: Any) ->
     """Emit the loops over segments and steps; return the sums, which never leave the registers."""
     builder = vectors.builder
     a_row, a_step, a_segment, b_step, b_segment = strides
-    segment = _Loop(vectors, counts[1], places, [vectors.zero] * (rows * VECTORS))
-    step = _Loop(vectors, counts[0], segment.places, segment.sums)
-    a, b = step.places
+    # An instruction reaches the rows after a start by adding the distance once or twice.
+    starts = [offset(builder, places[0], (a_row, row)) for row in range(0, rows, NEAR)]
+    places = [*starts, places[1]]
+    segment = Loop(vectors, counts[1], places, [vectors.zero] * (rows * VECTORS))
+    step = Loop(vectors, counts[0], segment.places, segment.sums, apart=True)
+    *a, b = step.places
     columns = [
         vectors.load(builder.gep(b, [ir.Constant(INDEX, column * vectors.lanes)]))
         for column in range(VECTORS)
     ]
     sums = []
     for row in range(rows):
-        scalar = vectors.splat(builder.load(offset(builder, a, (a_row, row))))
+        place = offset(builder, a[row // NEAR], (a_row, row % NEAR))
+        scalar = vectors.splat(builder.load(place))
         for column, values in enumerate(columns):
             total = step.sums[row * VECTORS + column]
             sums.append(vectors.multiply_add(scalar, values, total))
-    step.repeat((a_step, b_step), sums)
-    segment.repeat((a_segment, b_segment), sums)
+    step.repeat((*[a_step] * len(a), b_step), sums)
+    segment.repeat((*[a_segment] * len(a), b_segment), sums)
     return sums
-
-
-class _Loop:
-    """A loop of at least one turn that moves along a and b and carries the sums in registers."""
-
-    def __init__(self, vectors: Vectors, count: Any, places: Any, sums: list[Vector]) -> None:
-        self.vectors = vectors
-        self.builder = builder = vectors.builder
-        self.count = count
-        before, self.block = builder.block, builder.append_basic_block("product")
-        builder.branch(self.block)
-        builder.position_at_end(self.block)
-        self.number = builder.phi(INDEX)
-        self.places = [builder.phi(place.type) for place in places]
-        self.sums = [Vector(vectors, builder.phi(vectors.type)) for _ in sums]
-        self._enter(before, ir.Constant(INDEX, 0), places, sums)
-
-    def repeat(self, steps: Any, sums: list[Vector]) -> None:
-        """Go round with the places moved by `steps`, or leave the loop after its last turn."""
-        builder = self.builder
-        number = builder.add(self.number, ir.Constant(INDEX, 1))
-        places = [
-            builder.gep(place, [step]) for place, step in zip(self.places, steps, strict=True)
-        ]
-        self._enter(builder.block, number, places, sums)
-        after = builder.append_basic_block("product.end")
-        builder.cbranch(builder.icmp_signed("<", number, self.count), self.block, after)
-        builder.position_at_end(after)
-
-    def _enter(self, block: Any, number: Any, places: Any, sums: list[Vector]) -> None:
-        """Say what the loop's variables are on the way in from `block`."""
-        values = (number, *places, *(total.value for total in sums))
-        phis = (self.number, *self.places, *(total.value for total in self.sums))
-        for phi, value in zip(phis, values, strict=True):
-            phi.add_incoming(value, block)
 
 
 @kernel_part

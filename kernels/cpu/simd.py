@@ -151,6 +151,52 @@ def offset(builder: Any, place: Any, *terms: tuple[Any, int]) -> Any:
     return place
 
 
+class Loop:
+    """A loop of at least one turn that moves along arrays and carries sums in registers.
+
+    With `apart` the compiler does not see that places move together: it would compute each from the
+    last, a chain as long as a turn's products, and unroll the loop until its registers run out.
+    """
+
+    def __init__(
+        self, vectors: Vectors, count: Any, places: Any, sums: list[Vector], *, apart: bool = False
+    ) -> None:
+        self.builder = builder = vectors.builder
+        self.count = count
+        before, self.block = builder.block, builder.append_basic_block("turn")
+        builder.branch(self.block)
+        builder.position_at_end(self.block)
+        starts = (ir.Constant(INDEX, 0), *places, *(total.value for total in sums))
+        self.variables = [builder.phi(start.type) for start in starts]
+        self._enter(before, starts)
+        self.number, found = self.variables[0], self.variables[1 : 1 + len(places)]
+        self.places = [_same(builder, place) for place in found] if apart else found
+        self.sums = [Vector(vectors, value) for value in self.variables[1 + len(places) :]]
+
+    def repeat(self, steps: Any, sums: list[Vector]) -> None:
+        """Go round with the places moved by `steps`, or leave the loop after its last turn."""
+        builder = self.builder
+        number = builder.add(self.number, ir.Constant(INDEX, 1))
+        places = [
+            builder.gep(place, [step]) for place, step in zip(self.places, steps, strict=True)
+        ]
+        self._enter(builder.block, (number, *places, *(total.value for total in sums)))
+        after = builder.append_basic_block("turn.end")
+        builder.cbranch(builder.icmp_signed("<", number, self.count), self.block, after)
+        builder.position_at_end(after)
+
+    def _enter(self, block: Any, values: Any) -> None:
+        """Say what the loop's variables are on the way in from `block`."""
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.add_incoming(value, block)
+
+
+def _same(builder: Any, place: Any) -> Any:
+    """Give a place of which the compiler does not know where it comes from."""
+    kind = ir.FunctionType(place.type, [place.type])
+    return builder.call(ir.InlineAsm(kind, "", "=r,0"), [place])
+
+
 @intrinsic
 def pointer(typing_context, array, position):
     """Point at the element of an array's memory that lies `position` elements from its start.
@@ -179,6 +225,35 @@ def shifted(typing_context, place, distance):
 def lanes(array):
     """Return how many of an array's elements a vector holds."""
     return VECTOR_BYTES // array.itemsize
+
+
+@intrinsic
+def copy_run(typing_context, source, target, count):
+    """Copy `count` elements to memory that does not overlap."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target, count = arguments
+        cgutils.raw_memcpy(builder, target, source, count, _size(context, signature.args[0]))
+        return context.get_dummy_value()
+
+    return types.void(source, target, types.intp), generate
+
+
+@intrinsic
+def clear_run(typing_context, target, count):
+    """Set `count` elements to zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, count = arguments
+        size = ir.Constant(INDEX, _size(context, signature.args[0]))
+        cgutils.memset(builder, target, builder.mul(count, size), 0)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp), generate
+
+
+def _size(context: Any, pointer: Any) -> int:
+    return context.get_abi_sizeof(context.get_data_type(pointer.dtype))
 
 
 @intrinsic

@@ -20,7 +20,15 @@ import numpy as np
 from gradengine.kernels.cpu import epilogue, microkernel, simd
 from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
 from gradengine.kernels.cpu.microkernel import columns_of
-from gradengine.kernels.cpu.simd import lanes, pointer, shifted, square_transform, transpose
+from gradengine.kernels.cpu.simd import (
+    clear_run,
+    copy_run,
+    lanes,
+    pointer,
+    shifted,
+    square_transform,
+    transpose,
+)
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.cpu.workspace import workspace
 
@@ -229,10 +237,13 @@ def convolve(
     _run(x, weight, False, packed, out, (top, left), finish)
 
 
-def grad_input(grad: Array, weight: Array, out: Array, geometry: Conv2dGeometry) -> None:
-    """Write the gradient by x, (N, H, W, C): grad's convolution with the flipped weight."""
+def grad_input(
+    grad: Array, weight: Array, onto: Array, out: Array, geometry: Conv2dGeometry
+) -> None:
+    """Write the gradient by x, (N, H, W, C), plus onto: grad's convolution with the flipped weight."""
     (top, _), (left, _) = geometry.padding
-    finish = epilogue.no_finish(_block_count(out), out.dtype)
+    moments = epilogue.empty_moments(_block_count(out), 0, out.dtype)
+    finish = epilogue.Finish(epilogue.absent(1, out.dtype), onto, False, moments)
     _run(grad, weight, True, None, out, (2 - top, 2 - left), finish)
 
 
@@ -411,14 +422,12 @@ def _copy_patch(x, image, y, z, size, scratch, at):
     height, columns, channels = x.shape[1], x.shape[2], x.shape[3]
     for i in range(size):
         for j in range(size):
-            target = at + (i * size + j) * channels
+            target = pointer(scratch, at + (i * size + j) * channels)
             if 0 <= y + i < height and 0 <= z + j < columns:
-                source = x[image, y + i, z + j]
-                for c in range(channels):
-                    scratch[target + c] = source[c]
+                place = ((image * height + y + i) * columns + z + j) * channels
+                copy_run(pointer(x, place), target, channels)
             else:
-                for c in range(channels):
-                    scratch[target + c] = 0
+                clear_run(target, channels)
 
 
 _transform_patches = _row_transform(_input, PATCH)
@@ -451,16 +460,17 @@ def _transform_products(
             )  # fmt: skip
             for i in range(min(TILE, height - y)):
                 for j in range(min(TILE, columns - z)):
-                    begin = spare + (i * TILE + j) * width
-                    target = out[image, y + i, z + j]
-                    for k in range(count):
-                        target[channel + k] = scratch[begin + k]
+                    place = ((image * height + y + i) * columns + z + j) * outputs + channel
+                    made = pointer(scratch, spare + (i * TILE + j) * width)
+                    copy_run(made, pointer(out, place), count)
 
 
 # ---- gradient by the weight ----------------------------------------------------------------------
 
 CHUNK_BYTES = 10 << 20  # of transformed tiles: written by one loop and read by the next, from L3
-BLOCK_OUTPUTS = 64
+CHUNK_TILES = 64  # a block of their columns stays in L1 and L2
+LEAST = 16  # outputs of a block
+BLOCK = 64  # outputs, and channels, of the block of sums that a task adds to
 
 
 def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
@@ -469,19 +479,21 @@ def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
     (top, _), (left, _) = geometry.padding
     out = np.empty((outputs, 3, 3, channels), x.dtype)
     across, tile_rows = -(-grad.shape[2] // TILE), grad.shape[0] * -(-grad.shape[1] // TILE)
-    row_bytes = across * PRODUCTS * (channels + outputs + 2 * LINE) * x.itemsize
-    chunks = -(-tile_rows * row_bytes // CHUNK_BYTES)
-    rows = -(-tile_rows // chunks)
-    width = microkernel.width(x.dtype)
-    tasks = -(-outputs // BLOCK_OUTPUTS) * -(-channels // width)
+    tile_bytes = PRODUCTS * (channels + outputs + 2 * LINE) * x.itemsize
+    chunks = -(-tile_rows * across // max(min(CHUNK_BYTES // tile_bytes, CHUNK_TILES), 1))
+    rows = -(-tile_rows // min(chunks, tile_rows))
     threads = get_num_threads()
+    height = BLOCK
+    while height > LEAST and -(-outputs // height) * -(-channels // BLOCK) % threads:
+        height //= 2
+    tasks = -(-outputs // height) * -(-channels // BLOCK)
     sizes = [PRODUCTS * _odd_lines(rows * across * (count + LINE)) for count in (channels, outputs)]
     with (
         workspace(sizes[0], dtype=x.dtype) as tiles_x,
         workspace(sizes[1], dtype=x.dtype) as tiles_grad,
         workspace(threads, PRODUCTS * max(channels, outputs), dtype=x.dtype) as patches,
         workspace(
-            threads if chunks == 1 else tasks, PRODUCTS * BLOCK_OUTPUTS * width, dtype=x.dtype
+            threads if rows >= tile_rows else tasks, PRODUCTS * height * BLOCK, dtype=x.dtype
         ) as sums,
     ):
         for first in range(0, tile_rows, rows):
@@ -489,7 +501,9 @@ def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
             _transform_chunk(
                 threads, grad, x, top, left, first, stop, rows, tiles_x, tiles_grad, patches
             )
-            _add_chunk(threads, first, stop, rows, tile_rows, grad, tiles_x, tiles_grad, sums, out)
+            _add_chunk(
+                threads, first, stop, rows, tile_rows, height, grad, tiles_x, tiles_grad, sums, out
+            )
     return out
 
 
@@ -514,48 +528,49 @@ def _transform_chunk(
 
 
 @parallel_kernel
-def _add_chunk(worker, workers, first, stop, rows, tile_rows, grad, tiles_x, tiles_grad, sums, out):
+def _add_chunk(
+    worker, workers, first, stop, rows, tile_rows, height, grad, tiles_x, tiles_grad, sums, out
+):
     """Add the chunk to the 36 products; after the last one, transform the sums."""
     outputs, channels = out.shape[0], out.shape[3]
-    width = columns_of(out)
     across = _tiles(grad)[1]
     row_x, row_grad = channels + LINE, outputs + LINE
-    panels = (channels + width - 1) // width
-    for task in range(worker, (outputs + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS * panels, workers):
+    columns = (channels + BLOCK - 1) // BLOCK
+    for task in range(worker, (outputs + height - 1) // height * columns, workers):
         own = sums[worker if rows >= tile_rows else task]
-        k, c = task // panels * BLOCK_OUTPUTS, task % panels * width
+        k, c = task // columns * height, task % columns * BLOCK
         _add_products(
-            tiles_grad, k, min(BLOCK_OUTPUTS, outputs - k), row_grad,
+            tiles_grad, k, min(height, outputs - k), row_grad,
             _odd_lines(rows * across * row_grad),
-            tiles_x, c, row_x, _odd_lines(rows * across * row_x), (stop - first) * across, own,
-            width, first > 0,
+            tiles_x, c, min(BLOCK, channels - c), row_x, _odd_lines(rows * across * row_x),
+            (stop - first) * across, own, height * BLOCK, first > 0,
         )  # fmt: skip
         if stop == tile_rows:
-            _gather_weights(own, out, k, c)
+            _gather_weights(own, out, k, min(height, outputs - k), c, height * BLOCK)
 
 
 @kernel_part
 def _add_products(
-    tiles_grad, k, count, row_grad, product_grad, tiles_x, c, row_x, product_x, tiles, sums, width,
-    adds,
+    tiles_grad, k, outputs, row_grad, product_grad, tiles_x, c, channels, row_x, product_x, tiles,
+    sums, product, adds,
 ):  # fmt: skip
-    """Add to sums (36, BLOCK_OUTPUTS, width) the products of all tiles of a chunk."""
+    """Add to sums (36, outputs, BLOCK) the products of all tiles of a chunk."""
+    width = columns_of(tiles_x)
     for e in range(PRODUCTS):
-        microkernel.multiply(
-            count, pointer(tiles_grad, e * product_grad + k), 1, row_grad, 0,
-            pointer(tiles_x, e * product_x + c), row_x, 0,
-            pointer(sums, e * BLOCK_OUTPUTS * width), width, width, tiles, 1, adds,
-        )  # fmt: skip
+        for column in range(0, channels, width):
+            microkernel.multiply(
+                outputs, pointer(tiles_grad, e * product_grad + k), 1, row_grad, 0,
+                pointer(tiles_x, e * product_x + c + column), row_x, 0,
+                pointer(sums, e * product + column), BLOCK, width, tiles, 1, adds,
+            )  # fmt: skip
 
 
 @kernel_part
-def _gather_weights(sums, out, first, c):
+def _gather_weights(sums, out, first, count, c, product):
     channels = out.shape[3]
-    width = columns_of(out)
-    product = BLOCK_OUTPUTS * width
-    for k in range(first, min(first + BLOCK_OUTPUTS, out.shape[0])):
+    for k in range(count):
         _gather(
-            pointer(sums, (k - first) * width), PATCH * product, product,
-            pointer(out, k * 9 * channels + c), 3 * channels, channels,
-            min(width, channels - c) // lanes(out),
+            pointer(sums, k * BLOCK), PATCH * product, product,
+            pointer(out, (first + k) * 9 * channels + c), 3 * channels, channels,
+            min(BLOCK, channels - c) // lanes(out),
         )  # fmt: skip

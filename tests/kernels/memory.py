@@ -1,5 +1,8 @@
 """Arrays of equal values in different memory, and tolerances."""
 
+import ctypes
+import mmap
+
 import numpy as np
 
 MEMORIES = ("nchw", "nhwc", "strided", "read_only")
@@ -20,6 +23,22 @@ def laid_out(array, memory):
     strided = room[::2, ::-2, 1::2, ::2]
     strided[...] = array
     return strided
+
+
+def guarded(array):
+    """Give equal values, (N, H, W, C) in memory, that end where the process may not read on.
+
+    A kernel that does so ends the process.
+    """
+    values = np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+    size = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    room = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
+    begin = size - values.nbytes
+    copied = np.frombuffer(room, values.dtype, values.size, begin).reshape(values.shape)
+    copied[...] = values
+    return copied.transpose(0, 3, 1, 2)
 
 
 def assert_close(got, expected, dtype):

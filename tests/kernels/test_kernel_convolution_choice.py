@@ -17,7 +17,7 @@ from gradengine.kernels.cpu import (
 )
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.kernels import references as reference
-from tests.kernels.memory import TOLERANCES, assert_close
+from tests.kernels.memory import TOLERANCES, assert_close, guarded
 from tests.kernels.tap_sums import convolution_passes
 
 ALGORITHMS = {"columns": columns, "direct": direct, "winograd": winograd}
@@ -141,6 +141,28 @@ def test_three_passes(name, case, dtype, use, rng):
     assert_passes(three_passes(geometry, x, weight, grad), expected, dtype)
 
 
+@pytest.mark.parametrize(("name", "case", "dtype"), SUITES)
+def test_nothing_is_read_beyond_an_array(name, case, dtype, use, rng):
+    use(name)
+    geometry, *arrays = made(case, rng, dtype)
+    expected = three_passes(geometry, *arrays)
+    found = three_passes(geometry, *(guarded(array) for array in arrays))
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(("name", "case", "dtype"), SUITES)
+def test_the_gradient_by_the_input_is_added(name, case, dtype, use, rng):
+    use(name)
+    geometry, x, weight, grad = made(case, rng, dtype)
+    onto = rng.standard_normal(x.shape).astype(dtype)
+    expected = convolution_passes(x, weight, grad, geometry)[1] + onto
+    before = onto.copy()
+    found = kernels.conv2d_grad_input(grad, weight, geometry, onto)
+    assert_close(found, expected, dtype)
+    np.testing.assert_array_equal(onto, before)
+
+
 @pytest.mark.parametrize(("name", "case", "dtype"), SUITES[::3])
 def test_a_packed_weight_gives_equal_bits(name, case, dtype, use, rng):
     use(name)
@@ -167,14 +189,23 @@ def test_packed_panels_are_filled_up_with_zeros(case, rng):
 
 
 SMALLER = {
-    "columns": {"CHUNK_BYTES": (1, 70 * 88 * 4)},
+    "columns": {
+        "CHUNK_BYTES": (1, 70 * 88 * 4),
+        "FEW_PIXELS": (0, 10_000),
+        "RUNS": (1, 7),
+    },
     "direct": {
         "BLOCK_BYTES": (1, 5000),
-        "GRAD_BYTES": (1, 2000),
+        "PANEL_BYTES": (1, 2000),
         "PARTS": (1, 3),
         "SMALL_BYTES": (0,),
     },
-    "winograd": {"BLOCK_TILES": (1, 7, 13), "CHUNK_BYTES": (1, 200_000), "TASKS": (1, 100)},
+    "winograd": {
+        "BLOCK_TILES": (1, 7, 13),
+        "CHUNK_BYTES": (1, 200_000),
+        "CHUNK_TILES": (1, 10),
+        "TASKS": (1, 100),
+    },
 }
 
 
@@ -394,7 +425,7 @@ def test_winograd_is_for_whole_vectors_of_float32_under_3x3(geometry, dtype):
     assert chosen((2, 64, 56, 56), (64, 64, 3, 3), 1, 1) is winograd
 
 
-def test_filledare_for_small_planes_without_groups():
+def test_columns_are_for_small_planes_without_groups():
     assert chosen((2, 64, 7, 7), (64, 64, 1, 1)) is columns
     assert chosen((2, 64, 7, 7), (64, 32, 1, 1), 1, 0, 1, 2) is direct
     assert chosen((2, 64, 28, 28), (64, 64, 1, 1)) is direct
