@@ -77,6 +77,9 @@ class Span:
     seconds: float
 
 
+_KEYS = ("name", "module", "line", "phase")  # what times are added up by
+
+
 @dataclass
 class Trace:
     """What `trace` recorded: operations in the order in which they ended, and calls of modules."""
@@ -86,7 +89,9 @@ class Trace:
     result: Any = None  # of the function that was traced
 
     def seconds(self, by: str = "name") -> dict[str, float]:
-        """Return the time by "name", "module" or "line", most first: the GPU's where it did the work."""
+        """Return the time by "name", "module", "line" or "phase", most first; the GPU's, where it worked."""
+        if by not in _KEYS:
+            raise ValueError(f"Trace.seconds: by must be one of {', '.join(_KEYS)}; got by={by!r}")
         sums: dict[str, float] = {}
         for each in self.operations:
             key = getattr(each, by)

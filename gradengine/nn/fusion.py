@@ -1,8 +1,8 @@
 """Convolution, batch normalization, residual and activation as one step.
 
-Where nothing needs a gradient and running statistics are taken, normalization is a scale and a
-shift by channel. They are folded into the convolution's weight and bias, which are laid out for the
-kernel once and kept until one of the tensors that they are made of is written.
+Where nothing needs a gradient, a convolution's weight is laid out for the kernel once and kept until
+one of the tensors that it is made of is written. Where running statistics are taken too, normalization
+is a scale and a shift by channel, and they are folded into that weight and the bias.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def conv_norm(
     gradients, running statistics and errors are the same but for rounding. In the graph,
     normalization, residual and ReLU are one node, NativeBatchNormBackward0 or, with a ReLU,
     BatchNormReluBackward0; with a MaxPool2d behind a batch's statistics and ReLU
-    BatchNormReluMaxPoolBackward0. Without gradients, norm by running statistics is folded into
-    conv's weight, which is kept that way until a tensor of either is written: who writes to `array`
-    without operations calls `written()`.
+    BatchNormReluMaxPoolBackward0. Without gradients, conv's weight is laid out for the kernel, with
+    norm by running statistics folded in, and kept that way until a tensor of either is written: who
+    writes to `array` without operations calls `written()`.
     """
     if pool is not None and not _pools_at_once(conv, norm, activation, residual, pool):
         return pool(conv_norm(x, conv, norm, activation=activation, residual=residual))
@@ -68,14 +68,15 @@ def conv_norm(
     if residual is not None and not _is_like(residual, x, geometry.output_shape):
         return _activate(conv_norm(x, conv, norm), activation, residual)
     fused = activation is not None and _is_plain(activation, ReLU)
-    folded = None
-    if not norm._takes_running_statistics() or _want_gradient(*tensors):
+    folded, running = None, norm._takes_running_statistics()
+    if _want_gradient(*tensors):
         if conv in _KEPT:  # they train, and so what is kept would soon be stale
             del _KEPT[conv]
     elif not _want_gradient(x, residual):
-        folded = _folded(x, conv, tensors, norm.eps, geometry)
-    if folded is None:
-        out = _normalized(x, conv, norm, geometry, residual, fused, pool)
+        parts = tensors if running else (*tensors[:2], *_NO_NORM)
+        folded = _folded(x, conv, parts, norm.eps, geometry)
+    if folded is None or not running:
+        out = _normalized(x, conv, norm, geometry, residual, fused, pool, folded)
     else:
         out = _folded_conv2d(
             x, folded.bias, residual, weight=folded.weight, geometry=geometry, relu=fused
@@ -152,11 +153,18 @@ def _normalized(
     residual: Tensor | None,
     relu: bool,
     pool: Any,
+    packed: _Folded | None,
 ) -> Tensor:
     """Convolve and record it; gather a batch's statistics, where they are wanted, on the way."""
     if norm._takes_running_statistics():
         return norm._normalize(conv.forward(x), residual=residual, relu=relu)
-    out, moments = conv2d_moments(x, conv.weight, conv.bias, geometry)
+    if packed is None:
+        out, moments = conv2d_moments(x, conv.weight, conv.bias, geometry)
+    else:
+        moments = []
+        out = _packed_conv2d_moments(
+            x, packed.bias, weight=packed.weight, geometry=geometry, moments=moments
+        )
     epilogue = {"residual": residual, "relu": relu, "moments": moments}
     if pool is not None:
         epilogue["pool"] = pool2d_geometry(
@@ -169,8 +177,11 @@ def _normalized(
 # ---- without gradients: folded weights -----------------------------------------------------------
 
 
+_NO_NORM = (None,) * 4  # in place of a norm's tensors: nothing is folded in
+
+
 class _Folded:
-    """A convolution's weight and bias with a normalization folded in, and what they came from."""
+    """A convolution's weight, packed, and bias, a norm folded in or not, and what they came from."""
 
     __slots__ = (
         *("arrays", "bias", "dtype", "eps", "geometry"),
@@ -241,16 +252,15 @@ def _folded(
         others = [other for other in kept if other.is_current()]
         _KEPT[conv] = (folded, *others[: KEPT_GEOMETRIES - 1])
     valid_while(folded.is_current)
-    bias = folded.bias
-    return folded if bias.dtype == x.array.dtype and type(bias) is type(x.array) else None
+    is_like = folded.dtype == x.array.dtype and type(folded.arrays[0]) is type(x.array)
+    return folded if is_like else None
 
 
 def _can_fold(tensors: tuple[Any, ...], geometry: Conv2dGeometry) -> bool:
     """Whether running statistics are there, vectors have the shape, and all dtype and device."""
     arrays = [tensor.array for tensor in tensors if tensor is not None]
     return (
-        tensors[-1] is not None
-        and tensors[-2] is not None
+        (tensors[-1] is None) == (tensors[-2] is None)
         and all(array.shape == (geometry.out_channels,) for array in arrays[1:])
         and len({(array.dtype, device_of(array)) for array in arrays}) == 1
     )
@@ -258,7 +268,13 @@ def _can_fold(tensors: tuple[Any, ...], geometry: Conv2dGeometry) -> bool:
 
 @operation
 def _fold(weight, bias, scale, shift, mean, var, *, eps, geometry, dtype):
-    """Return norm(conv(x)) as one convolution: its weight, packed, and its bias (K,), in dtype."""
+    """Return norm(conv(x)) as one convolution: its weight, packed, and its bias (K,), in dtype.
+
+    Without mean and var it is conv(x), whose bias may be None.
+    """
+    if var is None:
+        packed = kernels.pack_conv2d(weight.astype(dtype, copy=False), geometry)
+        return packed, None if bias is None else bias.astype(dtype)
     xp = array_module(weight)
     factor = 1 / xp.sqrt(var.astype(np.float64) + eps)
     if scale is not None:
@@ -272,6 +288,13 @@ def _fold(weight, bias, scale, shift, mean, var, *, eps, geometry, dtype):
 @operation
 def _folded_conv2d(x, bias, residual, *, weight, geometry, relu):
     return kernels.conv2d(x, weight, bias, geometry, residual=residual, relu=relu)
+
+
+@operation
+def _packed_conv2d_moments(x, bias, *, weight, geometry, moments):
+    """Convolve, and put mean and variance of the result by channel into the list `moments`."""
+    out, *moments[:] = kernels.conv2d_moments(x, weight, bias, geometry)
+    return out
 
 
 def _want_gradient(*tensors: Tensor | None) -> bool:

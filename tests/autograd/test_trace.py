@@ -88,6 +88,8 @@ def test_modules_have_paths_and_spans() -> None:
     assert outer.start <= inner.start
     assert outer.start + outer.seconds >= inner.start + inner.seconds
     assert sum(t.seconds("module").values()) == pytest.approx(sum(t.seconds().values()))
+    with pytest.raises(ValueError, match=r"by must be one of name, .*; got by='operation'"):
+        t.seconds("operation")
 
 
 def test_equal_runs_have_no_difference() -> None:

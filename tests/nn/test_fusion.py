@@ -660,6 +660,31 @@ def test_a_step_of_training_frees_what_was_kept(packed):
     assert conv not in fusion._KEPT
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm. the parameters of these layers are frozen")
+def test_a_frozen_convolution_before_a_batchs_statistics_is_packed_once(packed):
+    conv, norm = make()
+    x = images(2, 4, 5, 5)
+    norm.reset_running_stats()
+    expected = nn.conv_norm(x, conv, norm, activation=nn.ReLU())
+    moved = norm.running_mean.numpy().copy()
+    conv.requires_grad_(False)
+    norm.requires_grad_(False)
+    for _ in range(3):
+        norm.reset_running_stats()
+        found = nn.conv_norm(x, conv, norm, activation=nn.ReLU())
+        assert found.grad_fn is None
+        np.testing.assert_array_equal(found.numpy(), expected.detach().numpy())
+        np.testing.assert_array_equal(norm.running_mean.numpy(), moved)
+    assert len(packed) == 1
+    with ge.no_grad():
+        conv.weight.mul_(2)
+    doubled = nn.conv_norm(x, conv, norm)
+    assert len(packed) == 2
+    np.testing.assert_allclose(doubled.numpy(), norm(conv(x)).numpy(), rtol=1e-12, atol=1e-12)
+    nn.conv_norm(x, conv, norm.eval())
+    assert len(packed) == 3
+
+
 def test_a_gradient_by_the_input_alone_leaves_it(packed):
     conv, norm = make()
     conv.freeze()
