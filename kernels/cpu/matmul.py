@@ -12,16 +12,25 @@ import numpy as np
 
 from gradengine.kernels import settings
 from gradengine.kernels.cpu import microkernel
-from gradengine.kernels.cpu.launch import kernel_part, parallel_kernel
+from gradengine.kernels.cpu.launch import kernel_part, own_range, parallel_kernel
 from gradengine.kernels.cpu.microkernel import ROWS, columns_of
-from gradengine.kernels.cpu.simd import lanes, pointer, shifted, transpose
+from gradengine.kernels.cpu.simd import (
+    REGISTERS,
+    copy_run,
+    lanes,
+    pointer,
+    shifted,
+    transpose,
+)
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.cpu.workspace import workspace
 from gradengine.kernels.layout import Array
 
-DEPTH = 512  # of a block: a panel of y is 64 KB with AVX-512
-BLOCK = 8 * ROWS  # rows of a block of x: 229 KB, in L2
+# Of a block of x, in L2: its depth and rows. With AVX-512 a panel of y is 64 KB, else at most 24.
+DEPTH, BLOCK = (512, 8 * ROWS) if REGISTERS == 32 else (384, 24 * ROWS)
 ROW = DEPTH + 16  # elements from row to row of a block, which must not lie 4096 bytes apart
+FEW_ROWS = 64  # of x: copying y would cost more than it saves
+RUNS = 64  # rows of y that they pass at a time
 TASKS = 4  # for each thread, so that they balance
 
 # NumPy's BLAS is the faster where a launch costs more than the product. It runs these on one thread;
@@ -50,7 +59,9 @@ def matmul(x: Array, y: Array) -> Array:
     if size <= SMALL_PRODUCT:
         return np.matmul(x, y)
     out = np.empty((*batch, rows, columns), x.dtype)
-    _multiply(_stack(x, batch), _stack(y, batch), out.reshape(-1, rows, columns))
+    few = rows <= FEW_ROWS and y.strides[-1] == y.itemsize
+    multiply = _multiply_few if few else _multiply
+    multiply(_stack(x, batch), _stack(y, batch), out.reshape(-1, rows, columns))
     return out
 
 
@@ -77,6 +88,44 @@ def _multiply(x: Array, y: Array, out: Array) -> None:
     ):
         _pack_panels(min(threads, len(y) * panels), *_start(y), depth, columns, packed)
         _multiply_tasks(workers, *_start(x), packed, out, depth, groups, scratch)
+
+
+def _multiply_few(x: Array, y: Array, out: Array) -> None:
+    """Multiply by y where it lies: few rows of x are sooner multiplied than y is copied."""
+    columns, depth, width = out.shape[2], x.shape[2], microkernel.width(x.dtype)
+    whole, threads = columns // width * width, get_num_threads()
+    with workspace(len(y), int(columns > whole), depth * width, dtype=x.dtype) as packed:
+        if len(packed[0]):  # the microkernel reads all columns of a panel
+            _pack_panels(
+                min(threads, len(y)), *_start(y[..., whole:]), depth, columns - whole, packed
+            )
+        _multiply_runs(threads, *_start(x), *_start(y), packed, out, depth)
+
+
+@parallel_kernel
+def _multiply_runs(worker, workers, x, strides, y, y_strides, packed, out, depth):
+    """Each worker makes some panels of all products, RUNS rows of y at a time: they are runs of memory.
+
+    x and y begin at one element; packed (B, 1, K * width) has the columns that fill no panel.
+    """
+    matrices, rows, columns = out.shape
+    width = columns_of(out)
+    panels = (columns + width - 1) // width
+    for matrix in range(matrices):
+        own = packed[matrix if len(packed) > 1 else 0]
+        for start in range(0, depth, RUNS):
+            a = pointer(x, matrix * strides[0] + start * strides[2])
+            for panel in own_range(worker, workers, panels):
+                column = panel * width
+                place, row = matrix * y_strides[0] + start * y_strides[1] + column, y_strides[1]
+                weights = pointer(y, place)
+                if column + width > columns:
+                    weights, row = pointer(own[0], start * width), width
+                microkernel.multiply(
+                    rows, a, strides[1], strides[2], 0, weights, row, 0,
+                    pointer(out, matrix * rows * columns + column), columns,
+                    min(width, columns - column), min(RUNS, depth - start), 1, start > 0,
+                )  # fmt: skip
 
 
 def _start(x: Array) -> tuple[Array, tuple[int, ...]]:
@@ -117,9 +166,8 @@ def _pack_panel(y, strides, matrix, panel, depth, columns, packed):
                 transpose(place, column, shifted(target, k * width + j), width)
     for k in range(square, depth):
         line, place = shifted(source, k * row), shifted(target, k * width)
-        if column == 1:
-            for j in range(valid):
-                place[j] = line[j]
+        if column == 1 and valid == width:
+            microkernel.copy_columns(line, place)
         else:
             for j in range(valid):
                 place[j] = line[j * column]
@@ -162,12 +210,13 @@ def _copy_block(x, strides, matrix, first, count, start, steps, block):
     target = pointer(block, 0)
     if row == 1 and step != 1:
         for k in range(steps):
-            line, place = shifted(source, k * step), shifted(target, k * BLOCK)
-            for i in range(count):
-                place[i] = line[i]
+            copy_run(shifted(source, k * step), shifted(target, k * BLOCK), count)
         return 1, BLOCK
     for i in range(count):
         line, place = shifted(source, i * row), shifted(target, i * ROW)
+        if step == 1:
+            copy_run(line, place, steps)
+            continue
         for k in range(steps):
             place[k] = line[k * step]
     return ROW, 1

@@ -26,11 +26,18 @@ def laid_out(array, memory):
 
 
 def guarded(array):
-    """Give equal values, (N, H, W, C) in memory, that end where the process may not read on.
+    """Give equal values, (N, H, W, C) in memory, `at_the_end` of what may be read."""
+    return at_the_end(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+
+def at_the_end(array):
+    """Give equal values, contiguous as they were, that end where the process may not read on.
 
     A kernel that does so ends the process.
     """
-    values = np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+    if not array.flags.c_contiguous and array.flags.f_contiguous:
+        return at_the_end(array.T).T
+    values = np.ascontiguousarray(array)
     size = -(-values.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     room = mmap.mmap(-1, size + mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(room))
@@ -38,7 +45,7 @@ def guarded(array):
     begin = size - values.nbytes
     copied = np.frombuffer(room, values.dtype, values.size, begin).reshape(values.shape)
     copied[...] = values
-    return copied.transpose(0, 3, 1, 2)
+    return copied
 
 
 def assert_close(got, expected, dtype):

@@ -7,7 +7,15 @@ import gradengine as ge
 from gradengine import kernels
 from gradengine.kernels.cpu import matmul as cpu_matmul
 from gradengine.kernels.cpu import microkernel, threads
-from gradengine.kernels.cpu.matmul import BLOCK, DEPTH, MEDIUM_MATRIX, SMALL_MATRIX, SMALL_PRODUCT
+from gradengine.kernels.cpu.matmul import (
+    BLOCK,
+    DEPTH,
+    MEDIUM_MATRIX,
+    RUNS,
+    SMALL_MATRIX,
+    SMALL_PRODUCT,
+)
+from tests.kernels.memory import at_the_end
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
 FORMS = ["NN", "NT", "TN", "TT"]
@@ -19,17 +27,21 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture
-def blocked(monkeypatch):
-    """Make products of every size go through the blocked kernel; give the list of its calls."""
+@pytest.fixture(params=[0, 1 << 30], ids=["blocks", "rows_of_y"])
+def blocked(monkeypatch, request):
+    """Make products of every size go through one of the kernels; give the list of its calls."""
     calls = []
-    multiply = cpu_matmul._multiply
 
-    def noted(x, y, out):
-        calls.append((x, y, out))
-        multiply(x, y, out)
+    def note(multiply):
+        def noted(x, y, out):
+            calls.append((x, y, out))
+            multiply(x, y, out)
 
-    monkeypatch.setattr(cpu_matmul, "_multiply", noted)
+        return noted
+
+    for name in ("_multiply", "_multiply_few"):
+        monkeypatch.setattr(cpu_matmul, name, note(getattr(cpu_matmul, name)))
+    monkeypatch.setattr(cpu_matmul, "FEW_ROWS", request.param)
     monkeypatch.setattr(cpu_matmul, "SMALL_PRODUCT", 0)
     monkeypatch.setattr(cpu_matmul, "SMALL_MATRIX", 0)
     return calls
@@ -142,6 +154,15 @@ def test_around_the_blocks(rows, depth, rng, blocked):
     for columns in (2, WIDTH - 1, WIDTH, WIDTH + 1, 3 * WIDTH + 7):
         check(drawn(rng, DTYPES[0], rows, depth), drawn(rng, DTYPES[0], depth, columns), DTYPES[0])
     assert len(blocked) == 5
+
+
+@pytest.mark.parametrize("depth", [RUNS - 1, RUNS, 2 * RUNS + 1])
+@pytest.mark.parametrize("columns", [1, WIDTH - 1, WIDTH, 2 * WIDTH + 3])
+def test_nothing_is_read_beyond_a_matrix(columns, depth, rng, blocked):
+    x, y = drawn(rng, DTYPES[0], 5, depth), drawn(rng, DTYPES[0], depth, columns)
+    for left, right in ((x, y), (stored(x, True), y), (x, stored(y, True))):
+        found = kernels.matmul(*(at_the_end(each) for each in (left, right)))
+        np.testing.assert_array_equal(found, kernels.matmul(left, right))
 
 
 @pytest.mark.parametrize(
