@@ -105,6 +105,8 @@ class Rule:
     def __init__(self, operation: Operation, pullback: Callable[..., Any]) -> None:
         code = pullback.__code__
         names = code.co_varnames[1 : code.co_argcount]
+        if pullback.__kwdefaults__ not in (None, {"onto": None}):
+            raise TypeError(f"{operation.name}: a pullback's one keyword may be onto=None")
         self.pullback = pullback
         self.joint = "wanted" in names
         self.positional = "position" in names

@@ -599,6 +599,7 @@ class _Walks(threading.local):
 
 
 walks = _Walks()
+_ndarray = np.ndarray
 
 # What takes the place of `_pull` in walks that start: anomaly mode's, while that is on.
 pull_instead: Callable[..., None] | None = None
@@ -664,7 +665,7 @@ def _pull(
     `edges` take the place of the node's own.
     """
     grad = gradients.pop(node)
-    unpacked: tuple[Any, Any] = (None, ())  # what several edges name is unpacked once
+    unpacked: tuple[Any, Any] = ((), ())  # what several edges name is unpacked once
     for edge in node.edges if edges is None else edges:
         if edge is None or (needed is not None and edge[0] not in needed):
             continue
@@ -674,25 +675,21 @@ def _pull(
         if saved is not unpacked[0]:
             unpacked = saved, _unpack(node, saved, create_graph)
         known = gradients.get(parent)
-        adds = known is not None and _can_add(pullback, create_graph)
-        if adds:  # in the pass that computes the share
-            share = pullback(grad, *unpacked[1], onto=known)
-        else:
-            share = pullback(grad, *unpacked[1])
+        if known is None or create_graph or getattr(pullback, "__kwdefaults__", None) is None:
+            share, added = pullback(grad, *unpacked[1]) if saved else pullback(grad), False
             if share is None:  # of a Function: there is no gradient
                 continue
+        else:  # it takes `onto`, its one keyword, and adds in the pass that computes the share
+            share, added = pullback(grad, *unpacked[1], onto=known), True
         if share.shape != parent.shape or share.dtype != parent.dtype:
             share = _conformed(node, share, parent)
         if known is None:
             gradients[parent] = share
             heapq.heappush(heap, (-parent.index, parent))
+        elif added:
+            gradients[parent] = share
         else:
-            gradients[parent] = share if adds else _sum(known, share)
-
-
-def _can_add(pullback: Callable[..., Any], create_graph: bool) -> bool:
-    """Whether a pullback takes the gradient so far as `onto` and returns the sum."""
-    return not create_graph and "onto" in (getattr(pullback, "__kwdefaults__", None) or ())
+            gradients[parent] = known + share if type(known) is _ndarray else _sum(known, share)
 
 
 def _conformed(node: Node, share: Any, parent: Node) -> Any:
@@ -708,7 +705,7 @@ def _conformed(node: Node, share: Any, parent: Node) -> Any:
 
 
 def _sum(x: Any, y: Any) -> Any:
-    if type(x) is np.ndarray or isinstance(x, Variable):
+    if type(x) is _ndarray or isinstance(x, Variable):
         return x + y
     return devices.in_memory_order(operator.add, x, y)
 
