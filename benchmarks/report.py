@@ -180,12 +180,19 @@ def _commit() -> str | None:
 
 
 def keep(rows: list[Row]) -> Path:
-    """Write the rows to a new file of results, then draw and tabulate it; return the file."""
+    """Write the rows to the machine's file of the day, then draw and tabulate it; return the file.
+
+    Rows that another run of the day left there stay, unless they were measured again.
+    """
     about = {"date": date.today().isoformat(), **device()}
     name = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']} {about['date']}".lower()).strip("-")
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
-    content = {"about": about, "rows": [asdict(row) for row in rows]}
+    measured = {(row.group, row.name): asdict(row) for row in rows}
+    if path.exists():
+        kept = json.loads(path.read_text())["rows"]
+        measured = {(row["group"], row["name"]): row for row in kept} | measured
+    content = {"about": about, "rows": list(measured.values())}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     publish(path)
     return path

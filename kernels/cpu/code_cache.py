@@ -24,7 +24,7 @@ from numba.core import compiler, serialize
 from gradengine.kernels.cache_folder import private_cache_folder
 from gradengine.kernels.cpu.code_identity import machine, read_source, signature, source_digest
 
-_SECONDS = 20  # `python -m gradengine compile` on two cores of a Zen 4
+_SECONDS = "20 to 40"  # a first training step's, on two cores of a Zen 4 and of a busy Zen 3
 _VARIANTS = 4  # kept for one function and signature: other versions, processors, working copies
 _UNUSED = 90 * 86400  # seconds after which an entry goes
 _ABANDONED = 3600  # seconds after which a file that was never finished goes
@@ -147,7 +147,7 @@ def _announce() -> None:
     if _announced or on_compiled is not None:
         return
     _announced = True
-    what = f"gradengine: compiling CPU kernels, about {_SECONDS} s for a network's training step"
+    what = f"gradengine: compiling CPU kernels, {_SECONDS} s for a network's training step"
     try:
         folder = private_cache_folder()
         tempfile.TemporaryFile(dir=folder).close()
