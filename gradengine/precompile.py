@@ -77,14 +77,13 @@ def _step(model: nn.Module, images: ge.Tensor, labels: ge.Tensor) -> None:
 
 
 def _multiply_matrices() -> None:
-    """Multiply square, batched and odd matrices in either order of memory, with gradients."""
-    for size, batch in product((48, 600), ((), (2,))):
+    """Multiply square, flat and batched matrices in either order of memory, with gradients."""
+    for (rows, size), batch in product(((48, 48), (48, 600), (600, 600)), ((), (2,))):
         for a_swapped, b_swapped in product((False, True), repeat=2):
-            a = ge.ones(*batch, size, size, requires_grad=True)
-            b = ge.ones(*batch, size, size, requires_grad=True)
-            left = a.transpose(-1, -2) if a_swapped else a
+            a, b = ge.ones(*batch, rows, size), ge.ones(*batch, size, size)
+            left = a.transpose(-1, -2).contiguous().transpose(-1, -2) if a_swapped else a
             right = b.transpose(-1, -2) if b_swapped else b
-            (left @ right).sum().backward()
+            (left.requires_grad_() @ right.requires_grad_()).sum().backward()
 
 
 def _kept(compiler: str) -> str:
