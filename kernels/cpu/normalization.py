@@ -88,10 +88,8 @@ def batch_norm_act_grad(
     count = max(array.size // max(len(mean), 1), 1)
     vectors = np.empty((4, _row_width(array)), x.dtype)
     by_weight, by_bias = np.empty((2, len(mean)), x.dtype)
-    prepare_grad(
-        1, sums, as_vector(mean, x.dtype), as_vector(inv_std, x.dtype), as_vector(weight, x.dtype), count,
-        vectors, by_weight, by_bias,
-    )  # fmt: skip
+    scales = (as_vector(vector, x.dtype) for vector in (mean, inv_std, weight))
+    prepare_grad(1, sums, *scales, count, vectors, by_weight, by_bias)
     grad_x = np.empty_like(array)
     _affine_pair(get_num_threads(), _flat(grads), _flat(gate), _flat(array), vectors, _flat(grad_x))
     grad_residual = from_nhwc(grads) if wants_residual else None
