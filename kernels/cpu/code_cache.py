@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from numba.core import compiler, serialize
+from numba.core.runtime import rtsys
 
 from gradengine.kernels.cache_folder import private_cache_folder
 from gradengine.kernels.cpu.code_identity import machine, read_source, signature, source_digest
@@ -65,7 +66,7 @@ class CodeCache:
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Give the code kept for these argument types, or None."""
-        target_context.refresh()
+        rtsys.initialize(target_context)  # what kept code calls; the compiler needs more, later
         with suppress(Exception):  # whatever a file holds, it does no more harm than none
             path = self._path(sig, target_context.codegen())
             kept, parts = _read(path)

@@ -15,7 +15,12 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
 
-_HOOKS = ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals")
+_HOOKS = (
+    "_optimize_functions",
+    "_optimize_final_module",
+    "_finalize_final_module",
+    "_finalize_dynamic_globals",
+)
 _KNOWN = all(hasattr(JITCodeLibrary, name) for name in _HOOKS)
 
 
@@ -27,8 +32,8 @@ def part(function: Callable[..., Any], *, apart: bool = False) -> Any:
     if not _KNOWN:
         return njit(nogil=True)(function)
     compiler = _ApartCompiler if apart else _Compiler
-    options: Any = {"pipeline_class": compiler, "no_cpython_wrapper": True}
-    compiled: Any = njit(nogil=True, **options)(function)
+    options: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    compiled: Any = njit(nogil=True, pipeline_class=compiler, **options)(function)
     if isinstance(compiled, CPUDispatcher):  # not where the user switched compilation off
         compiled.__class__ = _Part
     return compiled
@@ -43,6 +48,14 @@ class _Library(JITCodeLibrary):
 
     def get_pointer_to_function(self, name: str) -> int:
         return 0  # "not defined here"
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        """Do what Numba does for each function, also for mere declarations, with new passes."""
+        ll_module.data_layout = self._codegen._data_layout
+        passes, builder = self._codegen._function_pass_manager()
+        for function in ll_module.functions:
+            if not function.is_declaration:
+                passes.run(function, builder)
 
     def _optimize_final_module(self) -> None:
         pass
