@@ -79,15 +79,17 @@ def _multiply(x: Array, y: Array, out: Array) -> None:
     depth = x.shape[2]
     width = microkernel.width(x.dtype)
     panels = -(-columns // width)
-    blocks = len(out) * -(-rows // BLOCK)
-    groups = max(min(-(-TASKS * threads // blocks), panels), 1)
-    workers = min(threads, blocks * groups)
+    down = -(-rows // BLOCK)
+    if down > TASKS * threads:
+        down += -down % threads  # as many for each
+    groups = max(min(-(-TASKS * threads // (len(out) * down)), panels), 1)
+    workers = min(threads, len(out) * down * groups)
     with (
         workspace(len(y), panels, depth * width, dtype=x.dtype) as packed,
         workspace(workers, BLOCK * ROW, dtype=x.dtype) as scratch,
     ):
         _pack_panels(min(threads, len(y) * panels), *_start(y), depth, columns, packed)
-        _multiply_tasks(workers, *_start(x), packed, out, depth, groups, scratch)
+        _multiply_tasks(workers, *_start(x), packed, out, depth, down, groups, scratch)
 
 
 def _multiply_few(x: Array, y: Array, out: Array) -> None:
@@ -176,18 +178,18 @@ def _pack_panel(y, strides, matrix, panel, depth, columns, packed):
 
 
 @parallel_kernel
-def _multiply_tasks(worker, workers, x, strides, packed, out, depth, groups, scratch):
-    """Each task multiplies a block of x's rows by one of `groups` groups of panels.
+def _multiply_tasks(worker, workers, x, strides, packed, out, depth, down, groups, scratch):
+    """Each task multiplies one of `down` blocks of x's rows by one of `groups` groups of panels.
 
     x begins at one element; packed (B, panels, K * width), scratch (workers, BLOCK * ROW).
     """
     rows, columns = out.shape[1], out.shape[2]
     panels, width = packed.shape[1], columns_of(out)
-    down, part = (rows + BLOCK - 1) // BLOCK, (panels + groups - 1) // groups
+    tiles, part = (rows + ROWS - 1) // ROWS, (panels + groups - 1) // groups
     for task in range(worker, len(out) * down * groups, workers):
         matrix, block = task // groups // down, task // groups % down
-        first = block * BLOCK
-        count = min(BLOCK, rows - first)
+        first = tiles * block // down * ROWS
+        count = min(tiles * (block + 1) // down * ROWS, rows) - first
         weights = packed[matrix if len(packed) > 1 else 0]
         for start in range(0, depth, DEPTH):
             steps = min(DEPTH, depth - start)
