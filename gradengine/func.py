@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from gradengine.autograd.functional import started, unit_vectors
+from gradengine.backward_walk import gradients_of
 from gradengine.factories import zeros_like
 from gradengine.grad_mode import enable_grad, grad_mode
 from gradengine.ops.joining import stack
 from gradengine.ops.shape import reshape
-from gradengine.tape import Node, gradients_of
+from gradengine.tape import Node
 from gradengine.tensor import Tensor
 
 __all__ = [

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gradengine import devices, dtypes, in_place
+from gradengine.backward_walk import accumulate_gradients
 from gradengine.ops import (
     activation,
     conversion,
@@ -181,6 +182,22 @@ class Tensor(Variable):
     def is_floating_point(self) -> builtins.bool:
         """Return whether the dtype is a float."""
         return dtypes.is_floating_point(self.array.dtype)
+
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """Add the gradient of this tensor to `grad` of every leaf that it depends on.
+
+        `gradient` has this tensor's shape and weighs its elements; a tensor of one element can do without.
+        `retain_graph` keeps the saved values for another pass (default: as `create_graph`), `create_graph`
+        records the pass itself for higher derivatives, and `inputs` (a tensor or several) confines
+        accumulation to these. Raises RuntimeError where nothing requires a gradient or the graph was freed.
+        """
+        accumulate_gradients((self,), (gradient,), retain_graph, create_graph, inputs)
 
     # -- out of the engine
 

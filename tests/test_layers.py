@@ -21,6 +21,7 @@ LAYERS = {
     "gradengine.devices": 0,
     "gradengine.kernels": 0,
     "gradengine.autocast_mode": 1,
+    "gradengine.backward_walk": 1,
     "gradengine.dtypes": 1,
     "gradengine.grad_mode": 1,
     "gradengine.in_place": 1,

@@ -21,9 +21,10 @@ from gradengine.autograd.lines import trace_lines
 from gradengine.autograd.memory import memory
 from gradengine.autograd.node_hooks import NodeHooks
 from gradengine.autograd.trace import load_trace, trace
+from gradengine.backward_walk import accumulate_gradients, gradients_of
 from gradengine.factories import zeros_like
 from gradengine.grad_mode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
-from gradengine.tape import Node, accumulate_gradients, gradients_of
+from gradengine.tape import Node
 from gradengine.tensor import Tensor
 
 __all__ = [

@@ -11,7 +11,7 @@ import warnings
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-from gradengine import source_lines, tape
+from gradengine import backward_walk, source_lines
 from gradengine.autograd.lines import trace_lines
 from gradengine.devices import array_module
 from gradengine.dtypes import is_floating_point
@@ -50,7 +50,7 @@ def _switch(enabled: bool, check_nan: bool, check_inf: bool) -> None:
     elif not enabled and _Mode.lines is not None:
         _Mode.lines.__exit__()
         _Mode.lines = None
-    tape.pull_instead = _pull_and_check if enabled else None
+    backward_walk.pull_instead = _pull_and_check if enabled else None
     if not enabled:
         _where_before.clear()
 
@@ -113,7 +113,7 @@ def _pull_and_check(
         for i, edge in enumerate(node.edges if edges is None else edges)
     ]
     try:
-        tape._pull(node, gradients, heap, needed, create_graph, checked)
+        backward_walk.pull_shares(node, gradients, heap, needed, create_graph, checked)
     except Exception as error:
         if not hasattr(error, "__notes__"):
             error.add_note(f"in backward of {node.label}{_line(node)}")

@@ -16,10 +16,11 @@ from typing import Any
 from gradengine.autocast_mode import autocast, autocast_mode
 from gradengine.autograd import saved_hooks
 from gradengine.autograd.saved_hooks import Packed
+from gradengine.backward_walk import unpack
 from gradengine.grad_mode import enable_grad, grad_mode
 from gradengine.kernels.cuda import capture
 from gradengine.ops import random
-from gradengine.tape import Node, SavedOutput, Variable, _holds_memory, _unpack, tick
+from gradengine.tape import Node, SavedOutput, Variable, holds_memory, tick
 
 DETERMINISM_CHECKS = ("default", "none")
 
@@ -99,7 +100,7 @@ class _Again:
             self._note_leaves(node)
             node.edges = [
                 (edge[0], _StandIn(place, edge[1]), (twin,))
-                if edge is not None and any(map(_holds_memory, edge[2]))
+                if edge is not None and any(map(holds_memory, edge[2]))
                 else edge
                 for place, edge in enumerate(node.edges)
             ]
@@ -205,7 +206,7 @@ class _StandIn:
 
     def __call__(self, grad: Any, twin: Twin, **onto: Any) -> Any:
         node, (_, pullback, saved) = twin.edge(self._place)
-        return pullback(grad, *_unpack(node, saved, isinstance(grad, Variable)), **onto)
+        return pullback(grad, *unpack(node, saved, isinstance(grad, Variable)), **onto)
 
 
 def _form(node: Node, with_values: bool) -> tuple[Any, ...]:

@@ -18,9 +18,10 @@ import numpy as np
 
 from gradengine import source_lines
 from gradengine.autograd.watching import APPLY, MODULE_CALL, Handlers, ModulePaths, Watch
+from gradengine.backward_walk import leading_to, seeds_of, walk_back
 from gradengine.devices import array_module
 from gradengine.grad_mode import grad_mode
-from gradengine.tape import Node, Variable, _leading_to, _seeds, _walk
+from gradengine.tape import Node, Variable
 
 CONVERSIONS = ("item", "tolist", "numpy", "__array__", "__bool__", "__dlpack__")
 
@@ -264,7 +265,7 @@ def _nodes_of(target: Any, parameter: Any) -> set[Node]:
             if edge is not None and edge[0] not in seen:
                 seen.add(edge[0])
                 stack.append(edge[0])
-    return _leading_to(leaves & seen, [target.node]) if leaves & seen else set()
+    return leading_to(leaves & seen, [target.node]) if leaves & seen else set()
 
 
 def _of_connected(
@@ -277,7 +278,7 @@ def _of_connected(
             "compute the loss again and ask before backward, or with retain_graph=True"
         )
     seed = array_module(target.array).ones_like(target.array)
-    grads = _walk(_seeds((target,), (seed,), False), True, False, nodes)
+    grads = walk_back(seeds_of((target,), (seed,), False), True, False, nodes)
     size = max(
         (_largest(grads[n]) for n in nodes if _ends_at(n, parameter) and n in grads), default=0.0
     )

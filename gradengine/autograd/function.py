@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from gradengine.autograd.saved_hooks import Packed, packed_values
+from gradengine.backward_walk import unpack
 from gradengine.devices import array_module
 from gradengine.dtypes import is_floating_point
 from gradengine.grad_mode import grad_mode, no_grad
 from gradengine.in_place import check_recorded_write, is_recorded, take_over
 from gradengine.operation import cast, sum_to_shape
 from gradengine.tape import Node, RemovableHandle, Variable, View
-from gradengine.tape import _unpack as unpack
 
 
 class FunctionCtx:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from gradengine.backward_walk import gradients_of
 from gradengine.devices import array_module, on_device_of
 from gradengine.factories import ones_like, zeros_like
 from gradengine.grad_mode import enable_grad
 from gradengine.ops.joining import stack
 from gradengine.ops.shape import reshape, view
-from gradengine.tape import gradients_of
 from gradengine.tensor import Tensor
 
 Tensors = tuple[Tensor, ...]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradengine import devices
+from gradengine.backward_walk import gradients_of
 from gradengine.dtypes import float64
-from gradengine.tape import gradients_of
 from gradengine.tensor import Tensor
 
 

@@ -11,8 +11,9 @@ from gradengine.autograd.saved_hooks import (
     save_on_cpu,
     saved_tensors_hooks,
 )
+from gradengine.backward_walk import Walk, walks
 from gradengine.devices import array_module
-from gradengine.tape import Node, RemovableHandle, Variable, Walk, walks
+from gradengine.tape import Node, RemovableHandle, Variable
 
 __all__ = [
     "GradientEdge",

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakSet
 
-from gradengine.tape import Node, Variable, _accumulate_at_leaf, _sum, accumulation
+from gradengine.backward_walk import accumulate_at_leaf, accumulation, sum_of
+from gradengine.tape import Node, Variable
 
 Gradients = tuple[
     Any, ...
@@ -89,7 +90,7 @@ class NodeHooks:
                 continue
             parent, share = edge[0], share if create_graph else share.array
             if parent in gradients:
-                gradients[parent] = _sum(gradients[parent], share)
+                gradients[parent] = sum_of(gradients[parent], share)
             else:
                 gradients[parent] = share
                 heapq.heappush(heap, (-parent.index, parent))
@@ -99,7 +100,7 @@ class NodeHooks:
         if not self._run_before(node, gradients, create_graph):
             return
         grads = (_as_tensor(gradients[node]),) if self.after else ()
-        _accumulate_at_leaf(node, gradients, create_graph)
+        accumulate_at_leaf(node, gradients, create_graph)
         leaf = node.variable
         for hook in list(self.accumulated.values()) if leaf is not None else ():
             if hook(leaf) is not None:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradengine import devices, operation
+from gradengine.backward_walk import refuse_stale
 from gradengine.grad_mode import no_grad
-from gradengine.tape import Edge, Node, SavedOutput, Variable, _refuse_stale
+from gradengine.tape import Edge, Node, SavedOutput, Variable
 
 
 class Hooks(NamedTuple):
@@ -189,7 +190,7 @@ class Packed:
             )
         owner = None if self._owner is None else self._owner()
         if owner is not None and self.is_stale(value):
-            _refuse_stale(owner, value.version(), value.array)
+            refuse_stale(owner, value.version(), value.array)
         if self._is_array or not recorded:
             return value.array
         # What a result of the node unpacks to is at the node, which does not hold itself.

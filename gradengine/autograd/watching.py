@@ -18,9 +18,9 @@ APPLY = (  # the bodies that all operations share
 )
 MODULE_CALL = "gradengine.nn.module:Module.__call__"
 NEW_NODE = "gradengine.tape:Node.__init__"
-WALK = "gradengine.tape:_walk"
-PULL = "gradengine.tape:_pull"
-ACCUMULATE = "gradengine.tape:_accumulate_at_leaf"
+WALK = "gradengine.backward_walk:walk_back"
+PULL = "gradengine.backward_walk:pull_shares"
+ACCUMULATE = "gradengine.backward_walk:accumulate_at_leaf"
 
 
 class Handlers(NamedTuple):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from numba.core import compiler, serialize
-from numba.core.runtime import rtsys
+from numba.core.runtime.nrt import rtsys
 
 from gradengine.kernels.cache_folder import private_cache_folder
 from gradengine.kernels.cpu.code_identity import machine, read_source, signature, source_digest

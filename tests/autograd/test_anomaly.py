@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gradengine as ge
-from gradengine import source_lines, tape
+from gradengine import backward_walk, source_lines
 from gradengine.autograd import (
     detect_anomaly,
     is_anomaly_check_nan_enabled,
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
 def _quiet() -> Iterator[None]:
     with np.errstate(all="ignore"):
         yield
-    assert tape.pull_instead is None
+    assert backward_walk.pull_instead is None
 
 
 def line_of(function: Callable[..., Any], mark: str) -> int:

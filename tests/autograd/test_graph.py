@@ -122,7 +122,7 @@ def test_a_hook_on_several_leaves_nothing_behind():
     y.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         (y * b).backward()
-    assert ge.tape.walks.innermost is None
+    assert ge.backward_walk.walks.innermost is None
     assert reference() is not None
     del a, b, y
     assert reference() is None
