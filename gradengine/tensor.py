@@ -18,6 +18,7 @@ from gradengine import devices, dtypes, in_place
 from gradengine.backward_walk import accumulate_gradients
 from gradengine.ops import (
     activation,
+    comparison,
     conversion,
     elementwise,
     indexing,
@@ -296,13 +297,13 @@ class Tensor(Variable):
         comparable = isinstance(other, (Variable, builtins.int, builtins.float)) or hasattr(
             other, "dtype"
         )
-        return elementwise.eq(self, other) if comparable else NotImplemented
+        return comparison.eq(self, other) if comparable else NotImplemented
 
     def __ne__(self, other: object) -> Any:
         comparable = isinstance(other, (Variable, builtins.int, builtins.float)) or hasattr(
             other, "dtype"
         )
-        return elementwise.ne(self, other) if comparable else NotImplemented
+        return comparison.ne(self, other) if comparable else NotImplemented
 
     def __repr__(self) -> str:
         return tensor_repr(self.array, requires_grad=self.requires_grad, grad_fn=self.grad_fn)
@@ -534,21 +535,21 @@ class Tensor(Variable):
     __rmatmul__ = _reflected(products.matmul)
     __neg__ = neg = elementwise.neg
     __abs__ = abs = absolute = elementwise.abs
-    __invert__ = bitwise_not = elementwise.bitwise_not
-    __and__ = __rand__ = bitwise_and = elementwise.bitwise_and
-    __or__ = __ror__ = bitwise_or = elementwise.bitwise_or
-    __xor__ = __rxor__ = bitwise_xor = elementwise.bitwise_xor
-    __lt__ = lt = elementwise.lt
-    __le__ = le = elementwise.le
-    __gt__ = gt = elementwise.gt
-    __ge__ = ge = elementwise.ge
+    __invert__ = bitwise_not = comparison.bitwise_not
+    __and__ = __rand__ = bitwise_and = comparison.bitwise_and
+    __or__ = __ror__ = bitwise_or = comparison.bitwise_or
+    __xor__ = __rxor__ = bitwise_xor = comparison.bitwise_xor
+    __lt__ = lt = comparison.lt
+    __le__ = le = comparison.le
+    __gt__ = gt = comparison.gt
+    __ge__ = ge = comparison.ge
     __getitem__ = indexing.getitem
 
-    eq, ne, equal = elementwise.eq, elementwise.ne, elementwise.equal
-    isclose, allclose = elementwise.isclose, elementwise.allclose
-    isnan, isinf, isfinite = elementwise.isnan, elementwise.isinf, elementwise.isfinite
-    logical_and, logical_or = elementwise.logical_and, elementwise.logical_or
-    logical_xor, logical_not = elementwise.logical_xor, elementwise.logical_not
+    eq, ne, equal = comparison.eq, comparison.ne, comparison.equal
+    isclose, allclose = comparison.isclose, comparison.allclose
+    isnan, isinf, isfinite = comparison.isnan, comparison.isinf, comparison.isfinite
+    logical_and, logical_or = comparison.logical_and, comparison.logical_or
+    logical_xor, logical_not = comparison.logical_xor, comparison.logical_not
     exp, expm1, log, log1p = elementwise.exp, elementwise.expm1, elementwise.log, elementwise.log1p
     log2, log10, erf, sigmoid = (
         elementwise.log2,
@@ -620,9 +621,9 @@ class Tensor(Variable):
     __itruediv__ = div_ = _in_place(elementwise.rounded_div, "div_")
     __ifloordiv__ = floor_divide_ = _in_place(elementwise.floor_divide)
     __ipow__ = pow_ = _in_place(elementwise.pow)
-    __iand__ = bitwise_and_ = _in_place(elementwise.bitwise_and)
-    __ior__ = bitwise_or_ = _in_place(elementwise.bitwise_or)
-    __ixor__ = bitwise_xor_ = _in_place(elementwise.bitwise_xor)
+    __iand__ = bitwise_and_ = _in_place(comparison.bitwise_and)
+    __ior__ = bitwise_or_ = _in_place(comparison.bitwise_or)
+    __ixor__ = bitwise_xor_ = _in_place(comparison.bitwise_xor)
     neg_, abs_ = _in_place(elementwise.neg), _in_place(elementwise.abs)
     clamp_ = clip_ = _in_place(elementwise.clamp)
     exp_, log_, sqrt_ = (_in_place(f) for f in (elementwise.exp, elementwise.log, elementwise.sqrt))
