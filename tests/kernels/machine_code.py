@@ -12,7 +12,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import NamedTuple
 
 from gradengine.kernels.cuda.compiler import compile_program, shipped_kernels
@@ -113,6 +114,19 @@ def _warnings(log: str) -> list[str]:
     ]
 
 
+def compiling_processes() -> ProcessPoolExecutor:
+    """Make as many processes as there are cores: of NVRTC's work in threads a third waits."""
+    # A forked process may inherit a lock that is held.
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
+
+
+def _report(job: tuple[str, tuple[str, ...], str]) -> Report:
+    try:
+        return compile_kernels(*job)
+    except RuntimeError as error:  # the others are wanted all the same
+        return Report([], [str(error)])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile what the command line asks for; return 1 where a kernel has a fault."""
     parser = argparse.ArgumentParser(prog="tests.kernels.machine_code", description=__doc__)
@@ -127,14 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             part = names[first : first + TOGETHER]
             work += [(source, part, architecture) for architecture in chosen.architectures]
 
-    def report(job: tuple[str, tuple[str, ...], str]) -> Report:
-        try:
-            return compile_kernels(*job)
-        except RuntimeError as error:  # the others are wanted all the same
-            return Report([], [str(error)])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(report, work))
+    with compiling_processes() as pool:
+        reports = list(pool.map(_report, work))
     print(table([kernel for report in reports for kernel in report.kernels]))
     faults = [fault for report in reports for fault in report.faults()]
     print("\n".join(faults) or "no spills, no local memory, no warnings")

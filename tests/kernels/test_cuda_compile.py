@@ -5,13 +5,16 @@ turn, so that each architecture gets kernels of each source; `machine_code.py` i
 compiles all for all. With -v the registers are printed.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from gradengine.kernels.cuda.compiler import FOLDER, shipped_kernels
-from tests.kernels.machine_code import ARCHITECTURES, compile_kernels, known_architectures, table
+from tests.kernels.machine_code import (
+    ARCHITECTURES,
+    compile_kernels,
+    compiling_processes,
+    known_architectures,
+    table,
+)
 
 pytestmark = pytest.mark.nvrtc
 
@@ -35,7 +38,7 @@ def share(source, architecture):
 def reports(request):
     """Compile the chosen cases, as many at a time as there are cores; give each one's future report."""
     chosen = {item.name for item in request.session.items}
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = compiling_processes()
     jobs = {
         case: pool.submit(compile_kernels, case[0], share(*case), case[1])
         for case, name in zip(CASES, NAMES, strict=True)
