@@ -28,10 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from gradengine import precompile  # imports Numba
 
-    if given.cuda:
-        precompile.compile_cuda_kernels(given.cuda)
-    else:
+    if not given.cuda:
         precompile.compile_cpu_kernels()
+        return 0
+    try:
+        precompile.compile_cuda_kernels(given.cuda)
+    except (RuntimeError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
     return 0
 
 

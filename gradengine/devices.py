@@ -106,6 +106,17 @@ def import_cupy() -> Any:
     return cupy
 
 
+def cupy_problem() -> str | None:
+    """Say in one sentence why CuPy cannot be imported, with the remedy, or return None where it can."""
+    try:
+        import_cupy()
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            return f"CuPy is not installed ({_INSTALL})"
+        return f"CuPy could not be imported: {_first_line(error)} (reinstall it: {_INSTALL})"
+    return None
+
+
 @cache
 def cuda_unavailable_reason() -> str | None:
     """Say in one sentence why CUDA is not usable, with the remedy, or return None where it is.
@@ -113,14 +124,10 @@ def cuda_unavailable_reason() -> str | None:
     The first call imports CuPy, allocates on GPU 0, computes there and copies the result back;
     the answer is kept for the life of the process. Never raises.
     """
-    try:
-        cupy = import_cupy()
-    except ModuleNotFoundError as error:
-        if error.name == "cupy":
-            return f"CuPy is not installed ({_INSTALL})"
-        return f"CuPy could not be imported: {_first_line(error)} (reinstall it: {_INSTALL})"
-    except Exception as error:
-        return f"CuPy could not be imported: {_first_line(error)} (reinstall it: {_INSTALL})"
+    reason = cupy_problem()
+    if reason is not None:
+        return reason
+    cupy = import_cupy()
     try:
         return _driver_problem(cupy) or _computation_problem(cupy)
     except Exception as error:

@@ -7,6 +7,7 @@ from itertools import product
 
 import gradengine as ge
 from gradengine import nn
+from gradengine.devices import cupy_problem
 from gradengine.kernels.cache_folder import private_cache_folder
 from gradengine.kernels.cpu import code_cache
 
@@ -44,10 +45,15 @@ def compile_cpu_kernels() -> None:
 def compile_cuda_kernels(architecture: str) -> None:
     """Compile all CUDA kernels for GPUs of an architecture, such as "sm_90a", with CuPy's compiler.
 
-    Prints each kernel and the seconds it took; one that was compiled before takes none.
+    Prints each kernel and the seconds it took; one that was compiled before takes none. Raises
+    RuntimeError where CuPy or the compiler is not there, ValueError for an unknown architecture.
     """
-    from gradengine.kernels.cuda.compiler import compile_ahead
+    from gradengine.kernels.cuda.compiler import check_architecture, compile_ahead
 
+    reason = cupy_problem()
+    if reason is not None:
+        raise RuntimeError(f"compile: {reason}")
+    check_architecture(architecture)
     started = time.perf_counter()
     names = []
     for name, seconds in compile_ahead(architecture):

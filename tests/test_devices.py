@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradengine.__main__ import main
 from gradengine.devices import (
     Device,
     _initial_default,
@@ -445,7 +446,7 @@ def test_importing_asks_nothing_of_the_machine() -> None:
     assert result.stdout.strip() == "False"
 
 
-class TestDoctor:
+class TestCommands:
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "gradengine", *arguments],
@@ -464,6 +465,12 @@ class TestDoctor:
         assert [name for name, text in found.items() if text.strip().startswith("failed:")] == []
         assert np.__version__ in found["numpy"]
         assert "threading layer" in found["numba"]
+
+    def test_compiling_for_a_gpu_without_cupy(self, no_cupy: None, capsys: Any) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["compile", "--cuda", "sm_90a"])
+        line = "compile: CuPy is not installed (pip install 'gradengine[cuda12]')\n"
+        assert capsys.readouterr().err == line
 
     @pytest.mark.parametrize("arguments", [(), ("unknown",)])
     def test_usage(self, arguments: tuple[str, ...]) -> None:

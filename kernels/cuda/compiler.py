@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -88,6 +89,26 @@ def architecture_name(capability: int) -> str:
             f"on; got a device of {capability} (install an older CuPy)"
         )
     return f"sm_{capability}a" if capability in known and capability >= 90 else f"sm_{max(known)}"
+
+
+def check_architecture(architecture: str) -> None:
+    """Raise ValueError unless NVRTC compiles for an architecture, RuntimeError if it is not there."""
+    from cupy_backends.cuda.libs import nvrtc  # pyright: ignore[reportMissingImports]
+
+    try:
+        known = nvrtc.getSupportedArchs()
+    except Exception as error:  # of which class depends on the CuPy
+        raise RuntimeError(
+            "compile: NVRTC could not be loaded (pip install 'gradengine[cuda12]' brings it); "
+            f"got {str(error).splitlines()[0]}"
+        ) from error
+    number = re.fullmatch(r"sm_(\d+)[af]?", architecture)
+    if number is None or int(number[1]) not in known:
+        names = ", ".join(f"sm_{arch}" for arch in known)
+        raise ValueError(
+            f"compile: architecture must be one that the installed NVRTC compiles for ({names}; of some "
+            f"also the variant that ends in a); got architecture={architecture!r}"
+        )
 
 
 def shipped_kernels() -> dict[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ compiles all for all. With -v the registers are printed.
 
 import pytest
 
+from gradengine.__main__ import main
 from gradengine.kernels.cuda.compiler import FOLDER, shipped_kernels
 from tests.kernels.machine_code import (
     ARCHITECTURES,
@@ -68,6 +69,17 @@ def test_every_kernel_has_its_turn():
         shares = [share(source, architecture) for architecture in known_architectures()]
         assert {name for part in shares for name in part} == set(names)
         assert all(shares)
+
+
+@pytest.mark.parametrize("architecture", ["sm_42", "sm_90ab", "90a", "H100"])
+def test_an_unknown_architecture_is_one_line(architecture, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["compile", "--cuda", architecture])
+    out, errors = capsys.readouterr()
+    assert errors.startswith("compile: architecture must be one that the installed NVRTC")
+    assert f"got architecture='{architecture}'" in errors
+    assert errors.count("\n") == 1
+    assert not out
 
 
 def test_a_kernel_that_spills_is_found(tmp_path):
