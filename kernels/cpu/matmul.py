@@ -193,11 +193,11 @@ def _multiply_tasks(worker, workers, x, strides, packed, out, depth, down, group
         weights = packed[matrix if len(packed) > 1 else 0]
         for start in range(0, depth, DEPTH):
             steps = min(DEPTH, depth - start)
-            row, step = _copy_block(x, strides, matrix, first, count, start, steps, scratch[worker])
+            _copy_block(x, strides, matrix, first, count, start, steps, scratch[worker])
             for panel in range(task % groups * part, min((task % groups + 1) * part, panels)):
                 target = (matrix * rows + first) * columns + panel * width
                 microkernel.multiply(
-                    count, pointer(scratch[worker], 0), row, step, 0,
+                    count, pointer(scratch[worker], 0), ROW, 1, 0,
                     pointer(weights[panel], start * width), width, 0,
                     pointer(out, target), columns, min(width, columns - panel * width), steps, 1,
                     start > 0,
@@ -206,19 +206,19 @@ def _multiply_tasks(worker, workers, x, strides, packed, out, depth, down, group
 
 @kernel_part
 def _copy_block(x, strides, matrix, first, count, start, steps, block):
-    """Copy rows of x, or columns where these are the runs of memory; return the distances."""
+    """Copy rows of x, ROW from one to the next; where they lie across memory a square at a time."""
     batch, row, step = strides
     source = pointer(x, matrix * batch + first * row + start * step)
-    target = pointer(block, 0)
-    if row == 1 and step != 1:
-        for k in range(steps):
-            copy_run(shifted(source, k * step), shifted(target, k * BLOCK), count)
-        return 1, BLOCK
+    target, side = pointer(block, 0), lanes(block)
+    high, wide = (count // side * side, steps // side * side) if row == 1 and step != 1 else (0, 0)
+    for k in range(0, wide, side):
+        for i in range(0, high, side):
+            place = shifted(source, i + k * step)
+            transpose(place, step, shifted(target, i * ROW + k), ROW)
     for i in range(count):
         line, place = shifted(source, i * row), shifted(target, i * ROW)
         if step == 1:
             copy_run(line, place, steps)
             continue
-        for k in range(steps):
+        for k in range(wide if i < high else 0, steps):
             place[k] = line[k * step]
-    return ROW, 1
