@@ -1,9 +1,9 @@
 """Matrix products, blocked so that each level of cache holds what fits it.
 
 Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34 (2008): the
-columns of y are copied once, in panels as wide as the microkernel; a block of x is copied into
-the L2 cache, where the panels pass it. Any strides are taken as they are: a transposed array is
-never copied as a whole.
+columns of y are copied once, in panels as wide as the microkernel; a block of x, copied unless its
+rows are short and neighbours, stays in the L2 cache, where the panels pass it. Any strides are taken
+as they are: a transposed array is never copied as a whole.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ ROW = DEPTH + 16  # elements from row to row of a block, which must not lie 4096
 FEW_ROWS = 64  # of x: copying y would cost more than it saves
 RUNS = 64  # rows of y that they pass at a time
 TASKS = 4  # for each thread, so that they balance
+GROUP = (
+    4  # panels that a task has, where threads do not need more tasks: each copies its block of x
+)
 
 # NumPy's BLAS is the faster where a launch costs more than the product. It runs these on one thread;
 # larger ones on threads of its own, which then spin on the cores that the next kernel needs.
@@ -46,7 +49,7 @@ def matmul(x: Array, y: Array) -> Array:
     The order of every sum is fixed by the shapes: any number of threads gives the same bits.
     """
     rows, depth, columns = x.shape[-2], x.shape[-1], y.shape[-1]
-    batch = np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    batch = () if x.ndim == y.ndim == 2 else np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     size = rows * depth * columns
     if x.dtype not in ("float32", "float64") or 0 in batch or size <= SMALL_MATRIX:
         return np.matmul(x, y).astype(x.dtype, copy=False)  # of bfloat16 it is float32
@@ -82,8 +85,10 @@ def _multiply(x: Array, y: Array, out: Array) -> None:
     down = -(-rows // BLOCK)
     if down > TASKS * threads:
         down += -down % threads  # as many for each
-    groups = max(min(-(-TASKS * threads // (len(out) * down)), panels), 1)
-    workers = min(threads, len(out) * down * groups)
+    blocks = len(out) * down
+    most = max(panels // GROUP, min(-(-threads // blocks), panels))
+    groups = max(min(-(-TASKS * threads // blocks), most), 1)
+    workers = min(threads, blocks * groups)
     with (
         workspace(len(y), panels, depth * width, dtype=x.dtype) as packed,
         workspace(workers, BLOCK * ROW, dtype=x.dtype) as scratch,
@@ -193,11 +198,15 @@ def _multiply_tasks(worker, workers, x, strides, packed, out, depth, down, group
         weights = packed[matrix if len(packed) > 1 else 0]
         for start in range(0, depth, DEPTH):
             steps = min(DEPTH, depth - start)
-            _copy_block(x, strides, matrix, first, count, start, steps, scratch[worker])
+            place = matrix * strides[0] + first * strides[1] + start * strides[2]
+            rows_of_x, row = pointer(x, place), strides[1]
+            if strides[2] != 1 or row > ROW:
+                _copy_block(rows_of_x, row, strides[2], count, steps, scratch[worker])
+                rows_of_x, row = pointer(scratch[worker], 0), ROW
             for panel in range(task % groups * part, min((task % groups + 1) * part, panels)):
                 target = (matrix * rows + first) * columns + panel * width
                 microkernel.multiply(
-                    count, pointer(scratch[worker], 0), ROW, 1, 0,
+                    count, rows_of_x, row, 1, 0,
                     pointer(weights[panel], start * width), width, 0,
                     pointer(out, target), columns, min(width, columns - panel * width), steps, 1,
                     start > 0,
@@ -205,10 +214,8 @@ def _multiply_tasks(worker, workers, x, strides, packed, out, depth, down, group
 
 
 @kernel_part
-def _copy_block(x, strides, matrix, first, count, start, steps, block):
+def _copy_block(source, row, step, count, steps, block):
     """Copy rows of x, ROW from one to the next; where they lie across memory a square at a time."""
-    batch, row, step = strides
-    source = pointer(x, matrix * batch + first * row + start * step)
     target, side = pointer(block, 0), lanes(block)
     high, wide = (count // side * side, steps // side * side) if row == 1 and step != 1 else (0, 0)
     for k in range(0, wide, side):
