@@ -73,7 +73,9 @@ def _stack(x: Array, batch: tuple[int, ...]) -> Array:
     matrix = x.shape[-2:]
     if x.size == matrix[0] * matrix[1]:
         return x.reshape(1, *matrix)
-    return np.broadcast_to(x, (*batch, *matrix)).reshape(-1, *matrix)
+    if x.shape[:-2] != batch:
+        x = np.broadcast_to(x, (*batch, *matrix))  # cannot be written, and so is copied
+    return x.reshape(-1, *matrix)
 
 
 def _multiply(x: Array, y: Array, out: Array) -> None:
