@@ -193,6 +193,7 @@ def _multiply_tasks(worker, workers, x, strides, packed, out, depth, down, group
     rows, columns = out.shape[1], out.shape[2]
     panels, width = packed.shape[1], columns_of(out)
     tiles, part = (rows + ROWS - 1) // ROWS, (panels + groups - 1) // groups
+    copied = -1  # the block that lies in scratch as a whole
     for task in range(worker, len(out) * down * groups, workers):
         matrix, block = task // groups // down, task // groups % down
         first = tiles * block // down * ROWS
@@ -203,7 +204,9 @@ def _multiply_tasks(worker, workers, x, strides, packed, out, depth, down, group
             place = matrix * strides[0] + first * strides[1] + start * strides[2]
             rows_of_x, row = pointer(x, place), strides[1]
             if strides[2] != 1 or row > ROW:
-                _copy_block(rows_of_x, row, strides[2], count, steps, scratch[worker])
+                if copied != task // groups:
+                    _copy_block(rows_of_x, row, strides[2], count, steps, scratch[worker])
+                copied = task // groups if depth <= DEPTH else -1
                 rows_of_x, row = pointer(scratch[worker], 0), ROW
             for panel in range(task % groups * part, min((task % groups + 1) * part, panels)):
                 target = (matrix * rows + first) * columns + panel * width
