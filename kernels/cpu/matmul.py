@@ -32,9 +32,7 @@ ROW = DEPTH + 16  # elements from row to row of a block, which must not lie 4096
 FEW_ROWS = 64  # of x: copying y would cost more than it saves
 RUNS = 64  # rows of y that they pass at a time
 TASKS = 4  # for each thread, so that they balance
-GROUP = (
-    4  # panels that a task has, where threads do not need more tasks: each copies its block of x
-)
+GROUP = 4  # panels of a task, where there are threads enough: it may have to copy a block of x
 
 # NumPy's BLAS is the faster where a launch costs more than the product. It runs these on one thread;
 # larger ones on threads of its own, which then spin on the cores that the next kernel needs.

@@ -50,7 +50,7 @@ class _Library(JITCodeLibrary):
         return 0  # "not defined here"
 
     def _optimize_functions(self, ll_module: Any) -> None:
-        """Do what Numba does for each function, also for mere declarations, with new passes."""
+        """Run the passes, which Numba would make anew for each function and mere declaration."""
         ll_module.data_layout = self._codegen._data_layout
         passes, builder = self._codegen._function_pass_manager()
         for function in ll_module.functions:
