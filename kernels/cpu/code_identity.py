@@ -83,9 +83,10 @@ def _imports(module: str) -> list[str]:
 @cache
 def _is_module(name: str) -> bool:
     try:
-        return bool(read_source(name) or True)
+        read_source(name)
     except (OSError, ValueError):
         return False
+    return True
 
 
 def _constants(function: FunctionType, seen: set[int]) -> Iterator[str]:

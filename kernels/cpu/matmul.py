@@ -87,7 +87,7 @@ def _multiply(x: Array, y: Array, out: Array) -> None:
         down += -down % threads  # as many for each
     blocks = len(out) * down
     most = max(panels // GROUP, min(-(-threads // blocks), panels))
-    groups = max(min(-(-TASKS * threads // blocks), most), 1)
+    groups = min(-(-TASKS * threads // blocks), most)
     workers = min(threads, blocks * groups)
     with (
         workspace(len(y), panels, depth * width, dtype=x.dtype) as packed,

@@ -8,15 +8,16 @@ sm_90a`` narrow it down. It takes minutes for each architecture.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import NamedTuple
 
-from gradengine.kernels.cuda.compiler import compile_program, shipped_kernels
+from gradengine.kernels.cuda.compiler import (
+    compile_program,
+    compiling_processes,
+    shipped_kernels,
+)
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100")
 TOGETHER = 8  # kernels of a program: each program reads its source anew
@@ -112,12 +113,6 @@ def _warnings(log: str) -> list[str]:
         if re.search(r": warning|ptxas warning|C7508|C7510|C7511", line)
         and "never referenced" not in line  # a constant that only kernels not compiled here use
     ]
-
-
-def compiling_processes() -> ProcessPoolExecutor:
-    """Make as many processes as there are cores: of NVRTC's work in threads a third waits."""
-    # A forked process may inherit a lock that is held.
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
 
 
 def _report(job: tuple[str, tuple[str, ...], str]) -> Report:

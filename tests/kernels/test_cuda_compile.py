@@ -8,11 +8,10 @@ compiles all for all. With -v the registers are printed.
 import pytest
 
 from gradengine.__main__ import main
-from gradengine.kernels.cuda.compiler import FOLDER, shipped_kernels
+from gradengine.kernels.cuda.compiler import FOLDER, compiling_processes, shipped_kernels
 from tests.kernels.machine_code import (
     ARCHITECTURES,
     compile_kernels,
-    compiling_processes,
     known_architectures,
     table,
 )

@@ -386,9 +386,8 @@ def test_products_of_columns(blocks, first, pitch, kind, machine, rng):
     places = group_d_places(8 * blocks)
     found = np.ascontiguousarray(d[places])
     shared_bytes = b_bits.nbytes
-    if (
-        machine.is_gpu
-    ):  # memcheck takes columns for side by side, and stops a read that would then end outside
+    if machine.is_gpu:
+        # memcheck takes columns for side by side, and stops a read that would then end outside
         shared_bytes = max(shared_bytes, 16 * (first + 16 * blocks))
     machine(
         f"multiply_columns_by_warpgroup<{kind}, {blocks}>",

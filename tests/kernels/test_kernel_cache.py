@@ -1,5 +1,6 @@
 """Compiled kernels on disk: used where they fit, harmless where they do not."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from gradengine.kernels.cpu import code_identity
 
 ROOT = Path(__file__).parents[2]
 NOTICE = "gradengine: compiling CPU kernels"
@@ -119,6 +122,26 @@ def test_a_change_in_an_imported_module_is_seen(cache, copy):
     assert run(cache, copy.parent) == ["1.5"]
     part.write_text(part.read_text().replace("x + 1", "x + 2"))
     assert run(cache, copy.parent) == ["2.5", "special._erf"]
+
+
+def imported(source):
+    """Return what Python's own parser finds: modules, and names that may be modules."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_every_import_is_found_in_the_text(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = ".".join(("gradengine", *(part for part in parts if part != "__init__")))
+    found = {name for name in imported(path.read_text()) if code_identity._is_module(name)}
+    assert found == set(code_identity._imports(module))
 
 
 def test_a_constant_that_the_machine_gives_is_part_of_the_name(cache, copy):
