@@ -22,6 +22,7 @@ from gradengine.devices import (
     import_cupy,
 )
 from gradengine.kernels.cache_folder import cache_folder
+from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.weights.download import weights_folder
 
 OPTIONAL_PACKAGES = ("pillow", "tqdm", "matplotlib", "scikit-learn", "safetensors", "scipy")
@@ -74,16 +75,7 @@ def _numpy() -> str:
 def _numba() -> str:
     import numba
 
-    @numba.njit(parallel=True)
-    def count(n: int) -> int:
-        total = 0
-        for _ in numba.prange(n):
-            total += 1
-        return total
-
-    count(numba.get_num_threads())  # Numba chooses its threading layer at the first launch.
-    layer = numba.threading_layer()  # pyright: ignore[reportPrivateImportUsage]
-    return f"{numba.__version__}, threading layer {layer}, {numba.get_num_threads()} threads"
+    return f"{numba.__version__}, {get_num_threads()} threads"
 
 
 def _cupy() -> str:

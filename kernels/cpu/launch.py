@@ -10,21 +10,21 @@ from numba import config, njit
 from gradengine.kernels.cpu.code_cache import keep_code
 from gradengine.kernels.cpu.memory import keep_freed_memory
 from gradengine.kernels.cpu.parts import part
-from gradengine.kernels.cpu.threads import LAUNCH_LOCK, prepare_launch, start_threads
-from gradengine.kernels.cpu.workers import launcher, run_workers
+from gradengine.kernels.cpu.team import team
+from gradengine.kernels.cpu.threads import LAUNCH_LOCK
+from gradengine.kernels.cpu.workers import run_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-start_threads()
 keep_freed_memory()
 
 
 def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
     """Compile function(worker, workers, *arguments) for all cores: kernel(workers, *arguments).
 
-    Workers 0 to `workers` - 1 share the work, each on a core where there are as many; in a forked
-    process they run one after the other, with the same result. One launch runs at a time. The
+    Workers 0 to `workers` - 1 share the work, on as many threads or, where these are busy and in a
+    forked process, on fewer, with the same result. One launch runs at a time. The
     compiled code is kept on disk (see `code_cache`). What the function calls is a `kernel_part`.
 
     Raises:
@@ -34,8 +34,8 @@ def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
         return _plain(function)
     body = part(function, apart=True)
 
-    def entry(launch, workers, *arguments):
-        return run_workers(body, launch, workers, arguments)
+    def entry(team, workers, *arguments):
+        return run_workers(body, team, workers, arguments)
 
     options: Any = {"no_cfunc_wrapper": True}
     compiled = njit(nogil=True, error_model="numpy", **options)(entry)
@@ -44,8 +44,7 @@ def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
     @wraps(function)
     def launch(workers: int, *arguments: Any) -> None:
         with LAUNCH_LOCK:
-            parallel = prepare_launch() and workers > 1
-            if compiled(launcher(parallel), workers, *arguments):
+            if compiled(team().for_workers(workers), workers, *arguments):
                 raise RuntimeError(f"{function.__qualname__}: a worker raised an exception")
 
     return launch

@@ -15,9 +15,10 @@ from llvmlite import binding
 from numba import njit, types
 from numba.core import cgutils
 
+from gradengine.kernels.cpu.atomics import intrinsic
 from gradengine.kernels.cpu.code_cache import keep_code, linked_names
 from gradengine.kernels.cpu.launch import kernel_part
-from gradengine.kernels.cpu.workers import address, intrinsic
+from gradengine.kernels.cpu.team import address
 
 
 def linked(signatures: Sequence[tuple[Any, ...]]) -> Callable[[Callable[..., None]], Any]:

@@ -14,7 +14,7 @@ from gradengine.kernels.cpu import code_identity
 ROOT = Path(__file__).parents[2]
 NOTICE = "gradengine: compiling CPU kernels"
 
-LAUNCHER = "workers._launch"  # runs the workers of all kernels: the first one waits for it
+TEAM = "team."  # what runs the workers of all kernels: the first one waits for it
 
 # Prints the erf of 0.5 and the names of the functions that were compiled for it.
 RUN = """
@@ -73,13 +73,17 @@ def run(cache, root=ROOT, **environment):
     """Take an erf in a process of its own; give the result, then the kernels it compiled."""
     out, errors = finish(start(cache, root, extra=environment))
     assert errors == ""
-    return [name for name in out if name != LAUNCHER]
+    return without_team(out)
+
+
+def without_team(words):
+    return [word for word in words if not word.startswith(TEAM)]
 
 
 def entries(cache):
-    """Return the files of kernels, the launcher's aside."""
+    """Return the files of kernels, the team's aside."""
     files = (path for path in cache.iterdir() if path.suffix == ".kernel")
-    return sorted(path for path in files if not path.name.startswith(LAUNCHER))
+    return sorted(path for path in files if not path.name.startswith(TEAM))
 
 
 def test_a_second_process_compiles_nothing(cache):
@@ -226,7 +230,8 @@ def test_a_full_disk_costs_no_more_than_a_compilation(cache):
     pytest.importorskip("resource")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
     process = start(cache, first=limit)  # no file of more than 1000 bytes: like the space left
-    assert finish(process) == (["0.5205", LAUNCHER, "special._erf"], "")
+    out, errors = finish(process)
+    assert (without_team(out), errors) == (["0.5205", "special._erf"], "")
     assert list(cache.iterdir()) == []
 
 
@@ -242,7 +247,7 @@ def test_old_entries_go_when_new_ones_are_written(filled):
         os.utime(filled / name, (now - age * 86400,) * 2)
     path.unlink()
     run(filled)
-    assert {path.name for path in filled.iterdir() if not path.name.startswith(LAUNCHER)} == {
+    assert {path.name for path in filled.iterdir() if not path.name.startswith(TEAM)} == {
         path.name,
         *(f"{function}-{age}.kernel" for age in (1, 2, 3)),
         "kept.kernel-0-0.kernel",
@@ -344,14 +349,13 @@ def test_linked_functions_are_compiled_once_and_loaded_with_what_calls_them(cach
         "    print(*out.ravel())\n"
     )
     numbers = ["1.0", "2.0", "3.0", "0.0", "1.0", "2.0"]
-    serial = f"{LAUNCHER}.serial"
 
     def compiled(first, second):
         out, _ = finish(start(cache, copy.parent, first=code.format(first, second)))
-        return out[:-1]
+        return without_team(out[:-1])
 
     fresh = ["made.fill", "made.one", "made.two", *numbers]
-    assert compiled("one", "two")[: 2 * len(fresh) + 1] == [serial, *fresh, *fresh]
+    assert compiled("one", "two")[: 2 * len(fresh)] == [*fresh, *fresh]
     assert compiled("one", "two")[: 2 * len(numbers)] == numbers * 2
     other = ["1.0", "2.0", "3.0", "1.0", "2.0", "3.0"]
     assert compiled("one", "one")[: 2 * len(other)] == other * 2
