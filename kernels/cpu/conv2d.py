@@ -6,6 +6,7 @@ grad_weight. All arrays here are channels-last: pixels (N, H, W, C), weights (K,
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from gradengine.kernels import settings
 from gradengine.kernels.cpu import columns, direct, epilogue, winograd
 from gradengine.kernels.cpu.layout import kernel_input
+from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc
 
 if TYPE_CHECKING:
@@ -28,7 +30,12 @@ class _Packed(NamedTuple):
 
 
 def _algorithm(geometry: Conv2dGeometry, dtype: np.dtype) -> ModuleType:
-    if settings.cpu.winograd and winograd.is_suitable(geometry, dtype):
+    return _choice(geometry, dtype, settings.cpu.winograd)
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def _choice(geometry: Conv2dGeometry, dtype: np.dtype, allows_winograd: bool) -> ModuleType:
+    if allows_winograd and winograd.is_suitable(geometry, dtype):
         return winograd
     return columns if columns.is_suitable(geometry) else direct
 

@@ -1,7 +1,8 @@
 """Batch normalization in as few passes over memory as it has: each runs at the speed of a copy.
 
 Arrays are flat here, and cut into rows of a whole number of pixels: `width` elements, long enough
-for vectors where channels are few. Element i of a row belongs to channel i % channels.
+for vectors where channels are few. Element i of a row belongs to channel i % channels. What follows
+from the vectors of channels, each worker computes for itself: a launch more would take longer.
 """
 
 from __future__ import annotations
@@ -44,18 +45,19 @@ def batch_norm_act(
     count = array.size // max(len(mean), 1)
     affine = as_vector(weight, x.dtype), as_vector(bias, x.dtype)
     running = as_vector(running_mean, x.dtype), as_vector(running_var, x.dtype)
-    vectors = np.empty((3, _row_width(array)), x.dtype)
-    inv_std = np.empty(len(mean), x.dtype)
-    _prepare(
-        1, mean, var, *affine, eps, *running, momentum if count else 0.0,
-        count / max(count - 1, 1), vectors, inv_std,
+    kept_mean, inv_std = np.empty((2, len(mean)), x.dtype)
+    out = np.empty_like(array)
+    _normalize(
+        get_num_threads(), _flat(array), mean, var, *affine, eps, *running,
+        momentum if count else 0.0, count / max(count - 1, 1), kept_mean, inv_std,
+        *_epilogue(array, residual, relu), _row_width(array), _flat(out),
     )  # fmt: skip
     for own, moved in zip((running_mean, running_var), running, strict=True):
         if own is not None and own is not moved:
             own[...] = moved
     if batches is not None:
         batches += 1
-    return _affine_rows(array, vectors, residual, relu), vectors[0, : len(mean)], inv_std, None
+    return from_nhwc(out), kept_mean, inv_std, None
 
 
 def as_vector(vector: Array | None, dtype: np.dtype) -> Array:
@@ -85,31 +87,30 @@ def batch_norm_act_grad(
     sums = _grad_sums(grads, gate, array, mean, behind_relu)
     if behind_relu is not None:
         grads = gate = behind_relu
-    count = max(array.size // max(len(mean), 1), 1)
-    vectors = np.empty((4, _row_width(array)), x.dtype)
     by_weight, by_bias = np.empty((2, len(mean)), x.dtype)
     scales = (as_vector(vector, x.dtype) for vector in (mean, inv_std, weight))
-    prepare_grad(1, sums, *scales, count, vectors, by_weight, by_bias)
     grad_x = np.empty_like(array)
-    _affine_pair(get_num_threads(), _flat(grads), _flat(gate), _flat(array), vectors, _flat(grad_x))
+    _affine_pair(
+        get_num_threads(), _flat(grads), _flat(gate), _flat(array), sums, *scales,
+        array.size // max(len(mean), 1), by_weight, by_bias, _flat(grad_x),
+    )  # fmt: skip
     grad_residual = from_nhwc(grads) if wants_residual else None
     return from_nhwc(grad_x), by_weight, by_bias, grad_residual
 
 
 def scale_shift(x: Array, scale: Array, shift: Array, residual: Array | None, relu: bool) -> Array:
     array = kernel_input(x)
-    vectors = _along_rows(array, np.zeros_like(scale), scale, shift)
-    return _affine_rows(array, vectors, residual, relu)
-
-
-def _affine_rows(array: Array, vectors: Array, residual: Array | None, relu: bool) -> Array:
-    """Give relu((x - center) * scale + shift + residual) of x (N, H, W, C); vectors (3, width)."""
     out = np.empty_like(array)
-    added = array if residual is None else kernel_input(residual)
-    floor = array.dtype.type(0 if relu else -np.inf)
-    flat = (_flat(array), vectors, _flat(added))
-    _affine(get_num_threads(), *flat, residual is not None, floor, _flat(out))
+    epilogue = _epilogue(array, residual, relu)
+    vectors = as_vector(scale, x.dtype), as_vector(shift, x.dtype)
+    _scale(get_num_threads(), _flat(array), *vectors, *epilogue, _row_width(array), _flat(out))
     return from_nhwc(out)
+
+
+def _epilogue(array: Array, residual: Array | None, relu: bool) -> tuple[Array, bool, Any]:
+    """Give what is added to array and whether it is, and the least that a result may be."""
+    added = array if residual is None else kernel_input(residual)
+    return _flat(added), residual is not None, array.dtype.type(0 if relu else -np.inf)
 
 
 def _moments(array: Array) -> tuple[Array, Array]:
@@ -122,8 +123,7 @@ def _moments(array: Array) -> tuple[Array, Array]:
         # Sums about a value among the others stay exact however far the mean is from zero.
         step = -(-len(pixels) // ORIGIN_PIXELS)
         origin = pixels[::step].mean(axis=0, dtype=np.float64).astype(array.dtype)
-        (along,) = _along_rows(array, origin)
-        parts = _part_sums(array, _sum_moments, _flat(array), along)
+        parts = _part_sums(array, _sum_moments, _flat(array), origin)
         total, squares = parts.reshape(len(parts), 2, -1, channels).sum(axis=(0, 2))
         offset = total / len(pixels)
         return origin + offset, np.maximum(squares / len(pixels) - offset * offset, 0.0)
@@ -134,8 +134,8 @@ def _grad_sums(grads: Array, gate: Array, array: Array, mean: Array, passed: Arr
 
     The sums are parts, as `_part_sums` gives them.
     """
-    (center,) = _along_rows(array, mean)
     target = grads if passed is None else passed
+    center = as_vector(mean, array.dtype)
     arguments = (_flat(grads), _flat(gate), _flat(array), center, passed is not None, _flat(target))
     return _part_sums(array, _sum_grads, *arguments)
 
@@ -154,27 +154,26 @@ def _row_width(array: Array) -> int:
     return channels * max(1, ROW_ELEMENTS // channels)
 
 
-def _along_rows(array: Array, *vectors: Array) -> Array:
-    """Give vectors (C,) in array's dtype, repeated along a row: (vectors, width)."""
-    channels = array.shape[-1]
-    rows = np.empty((len(vectors), _row_width(array) // max(channels, 1), channels), array.dtype)
-    for row, vector in zip(rows, vectors, strict=True):
-        row[...] = vector
-    return rows.reshape(len(vectors), rows.shape[1] * channels)
-
-
 def _flat(array: Array) -> Array:
     return array.reshape(-1)
 
 
+@kernel_part
+def _along_row(vector, row):
+    """Repeat a vector of channels along a row."""
+    for i in range(len(row)):
+        row[i] = vector[i] if i < len(vector) else row[i - len(vector)]
+
+
 @parallel_kernel
 def _sum_moments(worker, workers, x, origin, parts):
-    """Sum x - origin and its square: x flat, origin (width,), parts (parts, 2, width) zeros."""
-    width = len(origin)
+    """Sum x - origin and its square: x flat, origin (C,), parts (parts, 2, width) zeros."""
+    width = parts.shape[2]
+    own = np.empty((3, width), x.dtype)
+    center, total, squares = own[0], own[1], own[2]
+    _along_row(origin, center)
     rows = (len(x) + width - 1) // width
     for part in own_range(worker, workers, len(parts)):
-        total = np.empty(width, x.dtype)
-        squares = np.empty(width, x.dtype)
         stop = (part + 1) * rows // len(parts)
         for block in range(part * rows // len(parts), stop, BLOCK_ROWS):
             for i in range(width):
@@ -183,7 +182,7 @@ def _sum_moments(worker, workers, x, origin, parts):
             for row in range(block, min(block + BLOCK_ROWS, stop)):
                 values = x[row * width : (row + 1) * width]
                 for i in range(len(values)):
-                    value = values[i] - origin[i]
+                    value = values[i] - center[i]
                     total[i] += value
                     squares[i] += value * value
             for i in range(width):
@@ -192,13 +191,14 @@ def _sum_moments(worker, workers, x, origin, parts):
 
 
 @parallel_kernel
-def _sum_grads(worker, workers, grad, gate, x, center, stores, passed, parts):
-    """Sum g and g * (x - center), g being grad where gate is not 0; all flat but parts."""
-    width = len(center)
+def _sum_grads(worker, workers, grad, gate, x, mean, stores, passed, parts):
+    """Sum g and g * (x - mean), g being grad where gate is not 0; all flat but parts."""
+    width = parts.shape[2]
+    own = np.empty((3, width), x.dtype)
+    center, total, products = own[0], own[1], own[2]
+    _along_row(mean, center)
     rows = (len(x) + width - 1) // width
     for part in own_range(worker, workers, len(parts)):
-        total = np.empty(width, x.dtype)
-        products = np.empty(width, x.dtype)
         stop = (part + 1) * rows // len(parts)
         for block in range(part * rows // len(parts), stop, BLOCK_ROWS):
             for i in range(width):
@@ -223,68 +223,47 @@ def _sum_grads(worker, workers, grad, gate, x, center, stores, passed, parts):
 
 
 @parallel_kernel
-def _prepare(
-    worker, workers, mean, var, weight, bias, eps, running_mean, running_var, momentum, unbiased,
-    vectors, inv_std,
+def _normalize(
+    worker, workers, x, mean, var, weight, bias, eps, running_mean, running_var, momentum, unbiased,
+    kept_mean, inv_std, residual, adds, floor, width, out,
 ):  # fmt: skip
-    """Write center, scale and shift along a row, and 1 / standard deviation; move running statistics.
+    """Fill out with the normalized x, residual added if `adds`, at least floor; worker 0 keeps statistics.
 
-    weight, bias and the running statistics are empty where there are none.
+    It writes mean and 1 / standard deviation, and moves the running statistics. These, weight and
+    bias are empty where there are none.
     """
+    vectors = np.empty((3, width), x.dtype)
+    center, scale, shift = vectors[0], vectors[1], vectors[2]
     for c in range(len(mean)):
-        scale = 1.0 / np.sqrt(var[c] + eps)
-        inv_std[c] = scale
-        if len(weight):
-            scale *= weight[c]
-        vectors[0, c] = mean[c]
-        vectors[1, c] = scale
-        shift = (vectors[0, c] - mean[c]) * scale
-        vectors[2, c] = shift + bias[c] if len(bias) else shift
+        inverse = 1.0 / np.sqrt(var[c] + eps)
+        by_channel = inverse * weight[c] if len(weight) else inverse
+        center[c] = mean[c]
+        scale[c] = by_channel
+        rounded = (center[c] - mean[c]) * by_channel
+        shift[c] = rounded + bias[c] if len(bias) else rounded
+        if worker > 0:
+            continue
+        kept_mean[c] = mean[c]
+        inv_std[c] = inverse
         if len(running_mean):
             running_mean[c] = (1.0 - momentum) * running_mean[c] + momentum * mean[c]
         if len(running_var):
             running_var[c] = (1.0 - momentum) * running_var[c] + momentum * unbiased * var[c]
-    _repeat(vectors, len(mean))
+    for vector in vectors:
+        _along_row(vector[: len(mean)], vector)
+    _affine(worker, workers, x, vectors, residual, adds, floor, out)
 
 
 @parallel_kernel
-def prepare_grad(worker, workers, parts, mean, inv_std, weight, count, vectors, by_weight, by_bias):
-    """Write scale, center, slope and shift along a row, and the gradients by weight and bias.
-
-    Of the sums g and g * (x - mean) in parts (parts, 2, width), which this adds up in parts[0]:
-    grad_x = scale * (g - mean(g) - (x - mean) * inv_std * mean(g * x_hat)).
-    """
-    channels, width = len(mean), vectors.shape[1]
-    for part in range(1, len(parts)):
-        for i in range(width):
-            parts[0, 0, i] += parts[part, 0, i]
-            parts[0, 1, i] += parts[part, 1, i]
-    for c in range(channels):
-        total, products = 0.0, 0.0
-        if len(parts):
-            for i in range(c, width, channels):
-                total += parts[0, 0, i]
-                products += parts[0, 1, i]
-        inverse = np.float64(inv_std[c])
-        scale = inverse * weight[c] if len(weight) else inverse
-        by_weight[c] = products * inverse
-        by_bias[c] = total
-        vectors[0, c] = scale
-        vectors[1, c] = mean[c]
-        vectors[2, c] = -scale * inverse * inverse * products / count
-        vectors[3, c] = -scale * total / count
-    _repeat(vectors, channels)
+def _scale(worker, workers, x, scale, shift, residual, adds, floor, width, out):
+    """Fill out with x * scale + shift by channel, plus residual if `adds`, at least floor."""
+    vectors = np.zeros((3, width), x.dtype)
+    _along_row(scale, vectors[1])
+    _along_row(shift, vectors[2])
+    _affine(worker, workers, x, vectors, residual, adds, floor, out)
 
 
 @kernel_part
-def _repeat(vectors, channels):
-    """Repeat the first `channels` of each vector along a row."""
-    for i in range(channels, vectors.shape[1]):
-        for vector in range(len(vectors)):
-            vectors[vector, i] = vectors[vector, i - channels]
-
-
-@parallel_kernel
 def _affine(worker, workers, x, vectors, residual, adds, floor, out):
     """Fill out with (x - center) * scale + shift, plus residual if `adds`, at least floor."""
     width = vectors.shape[1]
@@ -303,11 +282,49 @@ def _affine(worker, workers, x, vectors, residual, adds, floor, out):
                 target[i] = floor if value < floor else value
 
 
-@parallel_kernel
-def _affine_pair(worker, workers, grad, gate, x, vectors, out):
-    """Fill out with g * scale + (x - center) * slope + shift, g being grad where gate is not 0."""
-    width = vectors.shape[1]
+@kernel_part
+def affine_of_grad(worker, parts, mean, inv_std, weight, count, by_weight, by_bias):
+    """Give scale, center, slope and shift along a row; worker 0 writes the gradients by weight and bias.
+
+    Of the sums g and g * (x - mean) in parts (parts, 2, width):
+    grad_x = scale * (g - mean(g) - (x - mean) * inv_std * mean(g * x_hat)).
+    """
+    channels, width = len(mean), parts.shape[2]
+    sums = np.zeros((2, width))
+    for part in range(len(parts)):
+        for i in range(width):
+            sums[0, i] += parts[part, 0, i]
+            sums[1, i] += parts[part, 1, i]
+    vectors = np.empty((4, width), mean.dtype)
     scale, center, slope, shift = vectors[0], vectors[1], vectors[2], vectors[3]
+    for c in range(channels):
+        total, products = 0.0, 0.0
+        for i in range(c, width, channels):
+            total += sums[0, i]
+            products += sums[1, i]
+        inverse = np.float64(inv_std[c])
+        by_channel = inverse * weight[c] if len(weight) else inverse
+        if worker == 0:
+            by_weight[c] = products * inverse
+            by_bias[c] = total
+        scale[c] = by_channel
+        center[c] = mean[c]
+        slope[c] = -by_channel * inverse * inverse * products / max(count, 1)
+        shift[c] = -by_channel * total / max(count, 1)
+    for vector in vectors:
+        _along_row(vector[:channels], vector)
+    return scale, center, slope, shift
+
+
+@parallel_kernel
+def _affine_pair(
+    worker, workers, grad, gate, x, parts, mean, inv_std, weight, count, by_weight, by_bias, out
+):
+    """Fill out with the gradient by x, flat, g being grad where gate is not 0: see `affine_of_grad`."""
+    width = parts.shape[2]
+    scale, center, slope, shift = affine_of_grad(
+        worker, parts, mean, inv_std, weight, count, by_weight, by_bias
+    )
     for row in own_range(worker, workers, (len(x) + width - 1) // width):
         grads = grad[row * width : (row + 1) * width]
         gates = gate[row * width : (row + 1) * width]

@@ -10,9 +10,9 @@ from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.layout import kernel_input
 from gradengine.kernels.cpu.normalization import (
     MOST_PARTS,
+    affine_of_grad,
     as_vector,
     batch_norm_act,
-    prepare_grad,
 )
 from gradengine.kernels.cpu.pooling import max_pool2d
 from gradengine.kernels.cpu.threads import get_num_threads
@@ -60,13 +60,13 @@ def batch_norm_relu_max_pool_grad(
     center = as_vector(mean, x.dtype)
     sums = np.zeros((min(MOST_PARTS, geometry.batch * geometry.out_height), 2, channels))
     _sum_windows(get_num_threads(), *windows, pixels, center, sums)
-    vectors = np.empty((4, channels), x.dtype)
     by_weight, by_bias = np.empty((2, channels), x.dtype)
-    count = max(pixels.size // max(channels, 1), 1)
-    scales = as_vector(inv_std, x.dtype), as_vector(weight, x.dtype)
-    prepare_grad(1, sums, center, *scales, count, vectors, by_weight, by_bias)
+    scales = center, as_vector(inv_std, x.dtype), as_vector(weight, x.dtype)
     by_x = np.empty_like(pixels)
-    _scatter(get_num_threads(), *windows, pixels, *covering_windows(geometry), vectors, by_x)
+    _scatter(
+        get_num_threads(), *windows, pixels, *covering_windows(geometry), sums, *scales, by_weight,
+        by_bias, by_x,
+    )  # fmt: skip
     return from_nhwc(by_x), by_weight, by_bias
 
 
@@ -95,15 +95,18 @@ def _sum_windows(worker, workers, grad, gate, winners, x, center, parts):
 
 @parallel_kernel
 def _scatter(
-    worker, workers, grad, gate, winners, x, covering_rows, covering_columns, vectors, out
-):
-    """Fill out with g * scale + (x - center) * slope + shift, g being what windows pass to a pixel.
+    worker, workers, grad, gate, winners, x, covering_rows, covering_columns, parts, mean, inv_std,
+    weight, by_weight, by_bias, out,
+):  # fmt: skip
+    """Fill out with the gradient by x, g being what windows pass to a pixel: see `affine_of_grad`.
 
     grad, gate and winners (N, P, Q, C), covering_rows (H, R), covering_columns (W, S), x and out
     (N, H, W, C).
     """
     batch, height, width, channels = out.shape
-    scale, center, slope, shift = vectors[0], vectors[1], vectors[2], vectors[3]
+    scale, center, slope, shift = affine_of_grad(
+        worker, parts, mean, inv_std, weight, out.size // max(channels, 1), by_weight, by_bias
+    )
     for row in own_range(worker, workers, batch * height):
         image, input_row = row // height, row % height
         for column in range(width):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 from typing import Any
 
@@ -17,26 +15,36 @@ _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 _free: list[Array] = []  # memory that nobody computes in, the largest last
 
 
-@contextmanager
-def workspace(*shape: int, dtype: Any) -> Iterator[Array]:
-    """Lend a C-contiguous array for the block, which is where a kernel computes in it.
+class workspace:  # noqa: N801 - used like a function
+    """Lends a C-contiguous array for a `with` block, which is where a kernel computes in it.
 
     Its content is whatever the last block left, its memory starts on a cache line and must not be
     kept: the next block gets the same. Fresh memory costs as much as a kernel, for the pages that
     the system has to clear. The block holds LAUNCH_LOCK, so Python threads take turns; a block
     inside another gets memory of its own.
     """
-    dtype = np.dtype(dtype)
-    size = prod(shape) * dtype.itemsize
-    with LAUNCH_LOCK:
-        memory = _free.pop() if _free else _aligned(size)
-        if memory.size < size:
-            memory = _aligned(size)
+
+    __slots__ = ("_dtype", "_memory", "_shape")
+
+    def __init__(self, *shape: int, dtype: Any) -> None:
+        self._shape = shape
+        self._dtype = np.dtype(dtype)
+
+    def __enter__(self) -> Array:
+        size = prod(self._shape) * self._dtype.itemsize
+        LAUNCH_LOCK.acquire()
         try:
-            yield memory[:size].view(dtype).reshape(shape)
-        finally:
-            _free.append(memory)
-            _free.sort(key=len)
+            memory = _free.pop() if _free else _aligned(size)
+            self._memory = memory if memory.size >= size else _aligned(size)
+        except MemoryError:
+            LAUNCH_LOCK.release()
+            raise
+        return self._memory[:size].view(self._dtype).reshape(self._shape)
+
+    def __exit__(self, *_: object) -> None:
+        _free.append(self._memory)
+        _free.sort(key=len)
+        LAUNCH_LOCK.release()
 
 
 def _aligned(size: int) -> Array:
