@@ -1,7 +1,8 @@
 """2-D convolution: the choice of an algorithm, and the memory of results.
 
 Each algorithm is a module with the same functions: pack, block_count, convolve, grad_input and
-grad_weight. All arrays here are channels-last: pixels (N, H, W, C), weights (K, R, S, C / groups).
+grad_weight; few_channels has grad_input alone. All arrays here are channels-last: pixels
+(N, H, W, C), weights (K, R, S, C / groups).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gradengine.kernels import settings
-from gradengine.kernels.cpu import columns, direct, epilogue, winograd
+from gradengine.kernels.cpu import columns, direct, epilogue, few_channels, winograd
 from gradengine.kernels.cpu.layout import kernel_input
 from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc
@@ -71,7 +72,8 @@ def conv2d_grad_input(
     shape = (geometry.batch, geometry.height, geometry.width, geometry.in_channels)
     out = np.empty(shape, grad.dtype)
     if geometry.batch:
-        algorithm = _algorithm(geometry, grad.dtype)
+        few = few_channels.is_suitable(geometry, grad.dtype)
+        algorithm = few_channels if few else _algorithm(geometry, grad.dtype)
         onto = epilogue.absent(4, grad.dtype) if onto is None else kernel_input(onto)
         algorithm.grad_input(kernel_input(grad), kernel_input(weight), onto, out, geometry)
     return from_nhwc(out)

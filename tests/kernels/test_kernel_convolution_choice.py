@@ -10,6 +10,7 @@ from gradengine.kernels.cpu import (
     conv2d,
     direct,
     epilogue,
+    few_channels,
     microkernel,
     threads,
     winograd,
@@ -98,6 +99,7 @@ def use(monkeypatch):
 
     def force(name):
         monkeypatch.setattr(conv2d, "_algorithm", lambda geometry, dtype: ALGORITHMS[name])
+        monkeypatch.setattr(few_channels, "is_suitable", lambda geometry, dtype: False)
 
     return force
 
