@@ -72,7 +72,9 @@ def test_sgd(race: Any, torch: Any) -> None:
     arrays = [np.array(p.detach()) for p in resnet18().parameters()]
 
     def stepper(library: Any, **options: Any) -> Callable[[], None]:
-        parameters = [library.from_numpy(array.copy()).requires_grad_() for array in arrays]
+        parameters = [
+            library.from_numpy(array.copy(order="K")).requires_grad_() for array in arrays
+        ]
         for parameter, array in zip(parameters, arrays, strict=True):
             parameter.grad = library.from_numpy(1e-3 * array)
         optimizer = library.optim.SGD(

@@ -62,18 +62,20 @@ _pass_where_nonzero: Any = vectorize(
 
 @parallel_kernel
 def _relu(worker, workers, x, out):
+    zero = x.dtype.type(0)
     for row in own_range(worker, workers, (len(x) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
         values = x[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         target = out[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         for i in range(len(values)):
-            target[i] = 0 if values[i] <= 0 else values[i]  # nan passes
+            target[i] = zero if values[i] <= zero else values[i]  # nan passes
 
 
 @parallel_kernel
 def _relu_grad(worker, workers, grad, gate, out):
+    zero = grad.dtype.type(0)
     for row in own_range(worker, workers, (len(grad) + ROW_ELEMENTS - 1) // ROW_ELEMENTS):
         values = grad[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         gates = gate[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         target = out[row * ROW_ELEMENTS : (row + 1) * ROW_ELEMENTS]
         for i in range(len(values)):
-            target[i] = 0 if gates[i] == 0 else values[i]
+            target[i] = zero if gates[i] == zero else values[i]

@@ -82,7 +82,7 @@ def finish_pixels(out, first, stop, channel, stop_channel, bias, residual, relu,
 
     bias (K,), residual shaped like out and moments (MOMENTS, K) are empty where not wanted.
     """
-    channels = out.shape[3]
+    channels, zero = out.shape[3], out.dtype.type(0)
     pixels = out.reshape((out.size // channels, channels))
     others = residual.reshape((residual.size // channels, channels))
     for pixel in range(first, stop):
@@ -97,7 +97,7 @@ def finish_pixels(out, first, stop, channel, stop_channel, bias, residual, relu,
                 row[k] += other[k]
         if relu:
             for k in range(row.size):
-                row[k] = 0 if row[k] <= 0 else row[k]
+                row[k] = zero if row[k] <= zero else row[k]
     if moments.size:
         _gather(pixels, first, stop, moments, channel, stop_channel)
 

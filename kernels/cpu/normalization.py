@@ -194,7 +194,7 @@ def _sum_moments(worker, workers, x, origin, parts):
 def _sum_grads(worker, workers, grad, gate, x, mean, stores, passed, parts):
     """Sum g and g * (x - mean), g being grad where gate is not 0; all flat but parts."""
     width = parts.shape[2]
-    own = np.empty((3, width), x.dtype)
+    own, zero = np.empty((3, width), x.dtype), x.dtype.type(0)
     center, total, products = own[0], own[1], own[2]
     _along_row(mean, center)
     rows = (len(x) + width - 1) // width
@@ -211,10 +211,10 @@ def _sum_grads(worker, workers, grad, gate, x, mean, stores, passed, parts):
                 if stores:
                     target = passed[row * width : (row + 1) * width]
                     for i in range(len(values)):
-                        target[i] = grads[i] if gates[i] != 0 else 0
+                        target[i] = grads[i] if gates[i] != zero else zero
                     grads = target
                 for i in range(len(values)):
-                    value = grads[i] if gates[i] != 0 else 0
+                    value = grads[i] if gates[i] != zero else zero
                     total[i] += value
                     products[i] += value * (values[i] - center[i])
             for i in range(width):
@@ -321,7 +321,7 @@ def _affine_pair(
     worker, workers, grad, gate, x, parts, mean, inv_std, weight, count, by_weight, by_bias, out
 ):
     """Fill out with the gradient by x, flat, g being grad where gate is not 0: see `affine_of_grad`."""
-    width = parts.shape[2]
+    width, zero = parts.shape[2], x.dtype.type(0)
     scale, center, slope, shift = affine_of_grad(
         worker, parts, mean, inv_std, weight, count, by_weight, by_bias
     )
@@ -331,5 +331,5 @@ def _affine_pair(
         values = x[row * width : (row + 1) * width]
         target = out[row * width : (row + 1) * width]
         for i in range(len(values)):
-            value = grads[i] if gates[i] != 0 else 0
+            value = grads[i] if gates[i] != zero else zero
             target[i] = value * scale[i] + (values[i] - center[i]) * slope[i] + shift[i]

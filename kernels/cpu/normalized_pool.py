@@ -77,6 +77,7 @@ def _sum_windows(worker, workers, grad, gate, winners, x, center, parts):
     grad, gate and winners (N, P, Q, C), x (N, H, W, C), parts (parts, 2, C) zeros.
     """
     batch, height, width, channels = grad.shape
+    zero = grad.dtype.type(0)
     plane = x.shape[1] * x.shape[2] * channels
     for part in own_range(worker, workers, len(parts)):
         total, products = parts[part, 0], parts[part, 1]
@@ -87,7 +88,7 @@ def _sum_windows(worker, workers, grad, gate, winners, x, center, parts):
                 at = row // height, row % height, column
                 grads, passes, index = grad[at], gate[at], winners[at]
                 for channel in range(channels):
-                    value = grads[channel] if passes[channel] != 0 else 0
+                    value = grads[channel] if passes[channel] != zero else zero
                     total[channel] += value
                     peak = values[np.int64(index[channel]) * channels + channel]
                     products[channel] += value * (peak - center[channel])
@@ -104,6 +105,7 @@ def _scatter(
     (N, H, W, C).
     """
     batch, height, width, channels = out.shape
+    zero = out.dtype.type(0)
     scale, center, slope, shift = affine_of_grad(
         worker, parts, mean, inv_std, weight, out.size // max(channels, 1), by_weight, by_bias
     )
@@ -123,8 +125,8 @@ def _scatter(
                         passes = gate[image, out_row, out_column]
                         index = winners[image, out_row, out_column]
                         for channel in range(channels):
-                            wins = (index[channel] == position) & (passes[channel] != 0)
-                            target[channel] += source[channel] if wins else 0
+                            wins = (index[channel] == position) & (passes[channel] != zero)
+                            target[channel] += source[channel] if wins else zero
             for channel in range(channels):
                 value = target[channel] * scale[channel] + shift[channel]
                 target[channel] = value + (values[channel] - center[channel]) * slope[channel]

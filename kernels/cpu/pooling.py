@@ -100,6 +100,7 @@ def _max_pool2d_scatter(
 ):
     """grad and indices (N, P, Q, C), covering_rows (H, R), covering_columns (W, S)."""
     batch, height, width, channels = grad_input.shape
+    zero = grad.dtype.type(0)
     for row in own_range(worker, workers, batch * height):
         image = row // height
         input_row = row % height
@@ -119,7 +120,7 @@ def _max_pool2d_scatter(
                     source = grad[image, out_row, out_column]
                     index = indices[image, out_row, out_column]
                     for channel in range(channels):
-                        target[channel] += source[channel] if index[channel] == position else 0
+                        target[channel] += source[channel] if index[channel] == position else zero
 
 
 @parallel_kernel
