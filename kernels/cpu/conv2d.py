@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gradengine.kernels import settings
-from gradengine.kernels.cpu import columns, direct, epilogue, few_channels, winograd
+from gradengine.kernels.cpu import columns, depthwise, direct, epilogue, few_channels, winograd
 from gradengine.kernels.cpu.layout import kernel_input
 from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc
@@ -38,6 +38,8 @@ def _algorithm(geometry: Conv2dGeometry, dtype: np.dtype) -> ModuleType:
 def _choice(geometry: Conv2dGeometry, dtype: np.dtype, allows_winograd: bool) -> ModuleType:
     if allows_winograd and winograd.is_suitable(geometry, dtype):
         return winograd
+    if depthwise.is_suitable(geometry):
+        return depthwise
     return columns if columns.is_suitable(geometry) else direct
 
 
