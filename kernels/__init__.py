@@ -439,6 +439,11 @@ def erf(x: Array) -> Array:
     return _module("erf", "special", x=x).erf(x)
 
 
+def sigmoid(x: Array) -> Array:
+    """Give 1 / (1 + exp(-x)), which does not overflow, for any shape."""
+    return _module("sigmoid", "special", x=x).sigmoid(x)
+
+
 def add_at(name: str, out: Array, positions: Array, values: Array) -> None:
     """Add values (n,) to out, a contiguous vector, at positions (n,), which lie in it.
 
@@ -528,7 +533,7 @@ def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     """Give the module of a family of kernels for arrays of one kind and one dtype."""
     first, *others = arrays.values()
     device, dtype = place(first), first.dtype
-    fits = _has_kernels(device, dtype)
+    fits = _serves(device, dtype)
     for array in others:
         fits = fits and array.dtype == dtype
     if not fits:
@@ -538,8 +543,13 @@ def _module(name: str, family: str, **arrays: Array) -> ModuleType:
     return _import_family(device, family)
 
 
+def has_kernels(array: Array) -> bool:
+    """Whether kernels of the array's device take its dtype."""
+    return _serves(place(array), array.dtype)
+
+
 @cache  # NumPy makes up a dtype's name anew whenever it is asked
-def _has_kernels(device: str, dtype: np.dtype) -> bool:
+def _serves(device: str, dtype: np.dtype) -> bool:
     return dtype.name in _DTYPES[device] and dtype.isnative
 
 

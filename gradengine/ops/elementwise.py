@@ -341,6 +341,8 @@ def log1p(x):
 @elementwise(floating=True)
 def sigmoid(x):
     """Return 1 / (1 + exp(-x)), without overflow."""
+    if x.size >= kernels.PARALLEL_SIZE and kernels.has_kernels(x):
+        return kernels.sigmoid(x)
     xp = array_module(x)
     decay = xp.exp(-builtins.abs(x))
     return xp.where(x >= 0, xp.ones_like(x), decay) / (1 + decay)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from numba import float32
-from numba.extending import overload
 
+from gradengine.kernels.cpu.exponential import exponential
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
@@ -50,41 +47,6 @@ def class_scale(
 def _kernel_rows(x: Array) -> Array:
     array = np.ascontiguousarray(x)
     return array if array.flags.writeable else array.copy()  # to Numba another type
-
-
-def exponential(x):
-    """Give exp(x) in x's dtype, within 2 units in the last place; float32 in vectors."""
-    return math.exp(x)
-
-
-@overload(exponential)
-def _exponential(x):
-    return _exponential32 if x == float32 else _exponential64
-
-
-def _exponential64(x):
-    return math.exp(x)
-
-
-def _exponential32(x):
-    # exp(x) = 2^n * exp(r) with |r| <= log(2) / 2, exp(r) by its minimax polynomial (as in Cephes)
-    lowest = np.float32(-87.33654)  # below it 2^n has no normal number
-    clipped = x if x > lowest else lowest
-    clipped = clipped if clipped < np.float32(88.02969) else np.float32(88.02969)
-    n = np.floor(clipped * np.float32(1.44269504088896341) + np.float32(0.5))
-    r = clipped - n * np.float32(0.693359375)
-    r = r - n * np.float32(-2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * (r * r) + r + np.float32(1)
-    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    value = p * power
-    value = np.float32(0) if x < lowest else value
-    return value if x == x else x
 
 
 @parallel_kernel

@@ -6,7 +6,7 @@ import pytest
 from gradengine import kernels
 from gradengine.devices import import_cupy, to_device
 
-ELEMENTWISE = ("erf", "relu", "relu_grad")  # these keep the layout they are given
+ELEMENTWISE = ("erf", "sigmoid", "relu", "relu_grad")  # these keep the layout they are given
 WITH_TABLES = ("weigh",)  # of which only the first array is the device's
 # of 16-bit arrays these also give float32
 WITH_SUMS = (

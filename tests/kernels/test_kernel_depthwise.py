@@ -33,7 +33,9 @@ CASES = {
 def made(case, rng, dtype):
     x_shape, kernel, *attributes = CASES[case]
     channels = x_shape[1]
-    geometry = conv2d_geometry(x_shape, (channels, 1, *kernel), *attributes, channels)
+    stride, padding, dilation = attributes
+    shapes = x_shape, (channels, 1, *kernel)
+    geometry = conv2d_geometry(*shapes, stride, padding, dilation, channels)
     assert conv2d._algorithm(geometry, dtype) is depthwise
     return drawn(geometry, rng, dtype)
 

@@ -10,11 +10,12 @@ from tests.kernels.memory import assert_close
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 4), (2, 3, 4, 5), (2, 1, 3, 1, 2)])
-def test_erf_matches_the_standard_library(shape, dtype, place, rng):
+@pytest.mark.parametrize("name", ["erf", "sigmoid"])
+def test_they_match_the_standard_library(name, shape, dtype, place, rng):
     x = (rng.standard_normal(shape) * 2).astype(dtype) if shape else np.array(0.5, dtype)
-    out = place("erf", x)
+    out = place(name, x)
     assert isinstance(out, np.ndarray)
-    assert_close(out, reference.erf(x.astype(np.float64)), dtype)
+    assert_close(out, getattr(reference, name)(x.astype(np.float64)), dtype)
 
 
 def test_erf_of_special_values(place):
@@ -25,7 +26,17 @@ def test_erf_of_special_values(place):
     assert 0 < out[5] < 2e-300
 
 
-def test_erf_of_any_strides_keeps_channels_last(rng):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sigmoid_is_exact_wherever_it_is_small(dtype, place):
+    x = np.concatenate([np.linspace(-80, 20, 1001), [-np.inf, np.inf, np.nan, 0, -1e4, 1e4]])
+    found = place("sigmoid", x.astype(dtype))
+    rounding = 4 * np.finfo(dtype).eps
+    expected = reference.sigmoid(x[:1001].astype(dtype).astype(np.float64))
+    np.testing.assert_allclose(found[:1001], expected, rtol=rounding)
+    np.testing.assert_array_equal(found[1001:], [0, 1, np.nan, 0.5, 0, 1])
+
+
+def test_any_strides_keep_channels_last(rng):
     x = rng.standard_normal((2, 4, 5, 3)).transpose(0, 3, 1, 2)
     out = kernels.erf(x)
     assert out.strides == x.strides
