@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradengine.kernels.cpu.exponential import exponential
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.threads import get_num_threads
+from gradengine.kernels.cpu.vector_math import exponential
 from gradengine.kernels.layout import Array
 
 # Maxima and sums run in so many interleaved parts, which fill vectors: for many classes and for few.

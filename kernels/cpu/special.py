@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from gradengine.kernels.cpu.exponential import exponential
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.threads import get_num_threads
+from gradengine.kernels.cpu.vector_math import error_function, exponential
 from gradengine.kernels.layout import Array
 
 
@@ -37,8 +36,10 @@ def _of_elements(kernel: Any, x: Array) -> Array:
 
 @parallel_kernel
 def _erf(worker, workers, x, out):
-    for i in own_range(worker, workers, x.size):
-        out[i] = math.erf(x[i])
+    own = own_range(worker, workers, x.size)
+    values, made = x[own.start : own.stop], out[own.start : own.stop]
+    for i in range(len(values)):
+        made[i] = error_function(values[i])
 
 
 @parallel_kernel

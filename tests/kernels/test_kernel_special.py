@@ -36,6 +36,14 @@ def test_sigmoid_is_exact_wherever_it_is_small(dtype, place):
     np.testing.assert_array_equal(found[1001:], [0, 1, np.nan, 0.5, 0, 1])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_erf_is_exact_wherever_it_is_small(dtype, place):
+    x = np.concatenate([np.linspace(-6, 6, 4001), np.logspace(-30, 0, 200), [0.927734375]])
+    x = x.astype(dtype)
+    expected = reference.erf(x.astype(np.float64))
+    np.testing.assert_allclose(place("erf", x), expected, rtol=4 * np.finfo(dtype).eps)
+
+
 def test_any_strides_keep_channels_last(rng):
     x = rng.standard_normal((2, 4, 5, 3)).transpose(0, 3, 1, 2)
     out = kernels.erf(x)
