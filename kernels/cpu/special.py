@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.threads import get_num_threads
-from gradengine.kernels.cpu.vector_math import error_function, exponential
+from gradengine.kernels.cpu.vector_math import NEAR, erf_far, erf_near, exponential
 from gradengine.kernels.layout import Array
+
+PIECE = 1 << 10  # elements of one piece of work
 
 
 def erf(x: Array) -> Array:
-    return _of_elements(_erf, x)
+    return _of_elements(_erf32 if x.dtype == np.float32 else _erf, x)
 
 
 def sigmoid(x: Array) -> Array:
@@ -36,10 +39,23 @@ def _of_elements(kernel: Any, x: Array) -> Array:
 
 @parallel_kernel
 def _erf(worker, workers, x, out):
-    own = own_range(worker, workers, x.size)
-    values, made = x[own.start : own.stop], out[own.start : own.stop]
-    for i in range(len(values)):
-        made[i] = error_function(values[i])
+    for i in own_range(worker, workers, x.size):
+        out[i] = math.erf(x[i])
+
+
+@parallel_kernel
+def _erf32(worker, workers, x, out):
+    """Fill out with erf of float32, which `math.erf` computes in float64 and not in vectors."""
+    far = np.empty(PIECE, x.dtype)
+    for piece in own_range(worker, workers, (len(x) + PIECE - 1) // PIECE):
+        start, stop = piece * PIECE, (piece + 1) * PIECE
+        values, made = x[start:stop], out[start:stop]
+        for i in range(len(values)):
+            far[i] = erf_far(abs(values[i]))
+        for i in range(len(values)):
+            value = values[i]
+            signed = far[i] if value > NEAR else -far[i]
+            made[i] = erf_near(value) if abs(value) <= NEAR else signed
 
 
 @parallel_kernel

@@ -8,6 +8,8 @@ import numpy as np
 from numba import float32
 from numba.extending import overload
 
+from gradengine.kernels.cpu.launch import kernel_part
+
 
 def exponential(x):
     """Give exp(x) in x's dtype, within 2 units in the last place; float32 in vectors."""
@@ -44,35 +46,32 @@ def _exponential32(x):
     return value if x == x else x
 
 
-def error_function(x):
-    """Give erf(x) in x's dtype, within 2 units in the last place; float32 in vectors."""
-    return math.erf(x)
+# erf, in float32 only: near 0 by a polynomial, further out as 1 - exp of one (N. Juffa's minimax
+# coefficients), within 2 units in the last place. They are two functions since a loop that has both
+# would not become vectors.
+NEAR = np.float32(0.927734375)
 
 
-@overload(error_function)
-def _error_function(x):
-    return _error_function32 if x == float32 else _error_function64
-
-
-def _error_function64(x):
-    return math.erf(x)
-
-
-def _error_function32(x):
-    # Near 0 by a polynomial, further out as 1 - exp of one (N. Juffa's minimax coefficients)
-    size, square, one = abs(x), x * x, np.float32(1)
-    r = np.float32(-1.72853470e-5) * size + np.float32(3.83197126e-4)
-    r = r * square + (np.float32(-3.88396438e-3) * size + np.float32(2.42546219e-2))
-    r = r * size + np.float32(-1.06777877e-1)
-    r = r * size + np.float32(-6.34846687e-1)
-    r = r * size + np.float32(-1.28717512e-1)
-    far = one - exponential(r * size - size)
+@kernel_part
+def erf_near(x):
+    """Give erf(x) of float32 where |x| <= NEAR."""
+    square = x * x
     p = np.float32(-5.96761703e-4)
     p = p * square + np.float32(4.99119423e-3)
     p = p * square + np.float32(-2.67681349e-2)
     p = p * square + np.float32(1.12819925e-1)
     p = p * square + np.float32(-3.76125336e-1)
     p = p * square + np.float32(1.28379166e-1)
-    near = p * x + x
-    far = far if x > 0 else -far
-    return far if size > np.float32(0.927734375) else near
+    return p * x + x
+
+
+@kernel_part
+def erf_far(size):
+    """Give erf of a float32 that is larger than NEAR."""
+    square = size * size
+    r = np.float32(-1.72853470e-5) * size + np.float32(3.83197126e-4)
+    r = r * square + (np.float32(-3.88396438e-3) * size + np.float32(2.42546219e-2))
+    r = r * size + np.float32(-1.06777877e-1)
+    r = r * size + np.float32(-6.34846687e-1)
+    r = r * size + np.float32(-1.28717512e-1)
+    return np.float32(1) - exponential(r * size - size)

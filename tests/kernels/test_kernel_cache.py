@@ -105,7 +105,7 @@ def test_the_first_compilation_is_announced_in_one_line(cache):
 def test_a_changed_source_is_compiled_again(cache, copy):
     assert run(cache, copy.parent) == ["0.5205", "special._erf"]
     source = copy / "kernels" / "cpu" / "special.py"
-    source.write_text(source.read_text().replace("error_function(values[i])", "np.sin(values[i])"))
+    source.write_text(source.read_text().replace("math.erf(x[i])", "math.sin(x[i])"))
     assert run(cache, copy.parent) == ["0.4794", "special._erf"]
     assert run(cache) == ["0.5205"]  # both are kept
 
@@ -118,11 +118,9 @@ def test_a_change_in_an_imported_module_is_seen(cache, copy):
         "@kernel_part\ndef part(x):\n    return x + 1\n"
     )
     source = folder / "special.py"
-    text = source.read_text().replace("error_function(values[i])", "part(values[i])")
+    text = source.read_text().replace("math.erf(x[i])", "part(x[i])")
     source.write_text(
-        text.replace(
-            "import numpy as np", "import numpy as np\nfrom gradengine.kernels.cpu.part import part"
-        )
+        text.replace("import math", "import math\nfrom gradengine.kernels.cpu.part import part")
     )
     assert run(cache, copy.parent) == ["1.5", "special._erf"]
     assert run(cache, copy.parent) == ["1.5"]
@@ -160,11 +158,9 @@ def test_a_constant_that_the_machine_gives_is_part_of_the_name(cache, copy):
         "part = closed(int(os.environ['ADDED']))\n"
     )
     source = part.with_name("special.py")
-    text = source.read_text().replace("error_function(values[i])", "part(values[i])")
+    text = source.read_text().replace("math.erf(x[i])", "part(x[i])")
     source.write_text(
-        text.replace(
-            "import numpy as np", "import numpy as np\nfrom gradengine.kernels.cpu.part import part"
-        )
+        text.replace("import math", "import math\nfrom gradengine.kernels.cpu.part import part")
     )
     assert run(cache, copy.parent, FACTOR="2", ADDED="0") == ["1.0", "special._erf"]
     assert run(cache, copy.parent, FACTOR="2", ADDED="0") == ["1.0"]
