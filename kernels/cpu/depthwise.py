@@ -16,7 +16,7 @@ import numpy as np
 from gradengine.kernels.cpu import epilogue
 from gradengine.kernels.cpu.direct import taps_and_steps
 from gradengine.kernels.cpu.launch import kernel_part, own_range, parallel_kernel
-from gradengine.kernels.cpu.simd import clear_run, copy_run, pointer
+from gradengine.kernels.cpu.simd import clear_run, copy_run, pointer, shifted
 from gradengine.kernels.cpu.threads import get_num_threads
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _convolve(
             for r in range(height):
                 y = line % out.shape[1] * down + r * spread_r - top
                 if 0 <= y < x.shape[1]:
-                    _add_line(out, line, x, image * x.shape[1] + y, packed, r, sizes)
+                    _add_taps(out, line, x, image * x.shape[1] + y, packed, r, sizes, False)
         epilogue.finish_pixels(
             out, first * out.shape[2], stop * out.shape[2], 0, out.shape[3], bias, residual, relu,
             moments[block],
@@ -93,18 +93,27 @@ def _reach(s, columns, width, sizes):
 
 
 @kernel_part
-def _add_line(out, line, x, x_line, packed, r, sizes):
-    """Add to a line of out the taps of a row of the kernel."""
-    columns, channels, width = out.shape[2], out.shape[3], x.shape[2]
+def _add_taps(out, line, x, x_line, packed, r, sizes, sends):
+    """Add to a line of out what a row of the kernel reads of a line of x; or, if it `sends`, to x."""
+    columns, channels, width, along = out.shape[2], out.shape[3], x.shape[2], sizes[3]
     for s in range(sizes[1]):
         first, stop, z = _reach(s, columns, width, sizes)
         weights = pointer(packed, (r * sizes[1] + s) * channels)
-        for column in range(first, stop):
-            target = pointer(out, (line * columns + column) * channels)
-            source = pointer(x, (x_line * width + z) * channels)
-            for c in range(channels):
-                target[c] += source[c] * weights[c]
-            z += sizes[3]
+        made = pointer(out, (line * columns + first) * channels)
+        read = pointer(x, (x_line * width + z) * channels)
+        if sends:
+            _add_scaled(read, along * channels, made, channels, weights, stop - first, channels)
+        else:
+            _add_scaled(made, channels, read, along * channels, weights, stop - first, channels)
+
+
+@kernel_part
+def _add_scaled(target, step, source, source_step, weights, pixels, channels):
+    """Add pixels of source, times weights, to those of target."""
+    for pixel in range(pixels):
+        sums, values = shifted(target, pixel * step), shifted(source, pixel * source_step)
+        for c in range(channels):
+            sums[c] += values[c] * weights[c]
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -134,22 +143,8 @@ def _grad_input(worker, workers, grad, packed, onto, out, sizes):
         for r in range(height):
             place = y + top - r * spread_r
             if place >= 0 and place % down == 0 and place // down < grad.shape[1]:
-                _send_line(grad, image * grad.shape[1] + place // down, packed, r, out, line, sizes)
-
-
-@kernel_part
-def _send_line(grad, line, packed, r, out, x_line, sizes):
-    """Add to a line of out what a line of grad sends back through a row of the kernel."""
-    columns, channels, width = grad.shape[2], grad.shape[3], out.shape[2]
-    for s in range(sizes[1]):
-        first, stop, z = _reach(s, columns, width, sizes)
-        weights = pointer(packed, (r * sizes[1] + s) * channels)
-        for column in range(first, stop):
-            target = pointer(out, (x_line * width + z) * channels)
-            source = pointer(grad, (line * columns + column) * channels)
-            for c in range(channels):
-                target[c] += source[c] * weights[c]
-            z += sizes[3]
+                grad_line = image * grad.shape[1] + place // down
+                _add_taps(grad, grad_line, out, line, packed, r, sizes, True)
 
 
 def grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
