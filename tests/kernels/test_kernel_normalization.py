@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from gradengine import kernels
+from gradengine.kernels.cpu import normalization, normalized_pool
+from gradengine.kernels.geometry import pool2d_geometry
 from tests.kernels import references as reference
 from tests.kernels.memory import MEMORIES, assert_close, laid_out
 
@@ -312,3 +314,28 @@ def test_an_empty_batch_leaves_running_statistics_alone(place):
         place("batch_norm_act", x, ones, ones, None, True, EPS, moments, *running, 0.3)
         np.testing.assert_array_equal(place.take(running[0]), 0.5)
         np.testing.assert_array_equal(place.take(running[1]), 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 64, 17, 16)])
+def test_shared_among_workers_in_any_way_gives_equal_bits(shape, rng, monkeypatch):
+    x, grad = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    weight, bias, mean, var = rng.random((4, shape[1])).astype(np.float32)
+    pool = pool2d_geometry("pool", shape, 3, 2, 1)
+    bits = set()
+    for count in (1, 2, 7):  # some one after the other, whatever threads there are
+        for module in (normalization, normalized_pool):
+            monkeypatch.setattr(module, "get_num_threads", lambda count=count: count)
+        running = mean.copy(), var.copy()
+        found = kernels.batch_norm_act(x, weight, bias, None, True, 1e-5, None, *running, 0.1)
+        out, center, inv_std, _ = found
+        grads = kernels.batch_norm_act_grad(
+            grad, x, out, None, weight, center, inv_std, relu=True, wants_residual=True
+        )
+        made = kernels.batch_norm_relu_max_pool(x, weight, bias, 1e-5, pool)
+        pooled, center, inv_std, winners, _ = made
+        pool_grads = kernels.batch_norm_relu_max_pool_grad(
+            pooled, x, pooled, winners, None, weight, bias, center, inv_std, pool
+        )
+        results = (*found[:3], *running, *grads, pooled, *pool_grads)
+        bits.add(b"".join(result.tobytes() for result in results))
+    assert len(bits) == 1
