@@ -84,7 +84,7 @@ def _convolve(
 
 @kernel_part
 def _reach(s, columns, width, sizes):
-    """Return the first output column, and the last but one, whose tap `s` is a pixel, and the first's."""
+    """Return the output columns whose tap `s` is a pixel, first and stop, and the first one's pixel."""
     along, spread, left = sizes[3], sizes[5], sizes[7]
     shift = s * spread - left
     first = max((along - 1 - shift) // along, 0)

@@ -1,8 +1,8 @@
 """The threads that run kernels: a launch offers numbers of workers, and who is free takes them.
 
-The launching thread runs worker 0, then whatever no other thread has taken yet. So it never waits
-for a thread that sleeps, or that the system lets run late: that one finds nothing left. A number
-says what is computed, so results do not depend on who took it.
+The launching thread runs worker 0, then whatever no other thread has taken yet. So it waits for
+numbers that others have taken, never for a thread that sleeps or comes late: that one finds nothing
+left. A number says what is computed, so results do not depend on who took it.
 
 Threads that find nothing look again for a moment, then sleep. They do both in compiled code, without
 the interpreter's lock: on their way through it they would hold up the thread that they help.
