@@ -173,6 +173,10 @@ class Device:
         """Make a run and run it twice; return it, the first run's seconds, and what it took."""
         raise NotImplementedError
 
+    def shown_to_profilers(self) -> AbstractContextManager[Any]:
+        """Return a context whose launches a profiler sees that was told to wait for one."""
+        return nullcontext()
+
     def free(self) -> None:
         """Give back what nobody uses."""
         gc.collect()
@@ -328,6 +332,11 @@ class Cuda(Device):
         theirs = self.torch.cuda.max_memory_allocated() - before if self.torch else 0
         left, _ = self.xp.cuda.runtime.memGetInfo()
         return run, first, Memory(max(peak.peak, theirs), free - left)
+
+    def shown_to_profilers(self) -> AbstractContextManager[Any]:
+        from cupyx.profiler import profile  # pyright: ignore[reportMissingImports]
+
+        return profile()
 
     def free(self) -> None:
         super().free()

@@ -4,18 +4,23 @@
     python benchmarks/gpu_profile.py --precision bf16 --batch 256 --all    # also CuPy's and cuBLAS's
     python benchmarks/gpu_profile.py --precision bf16 --library torch      # PyTorch's, to compare
     python benchmarks/gpu_profile.py --host                                # Python's part, of 32 images
-    python benchmarks/gpu_profile.py --once                                # the step alone, for ncu
+    python benchmarks/gpu_profile.py --convolutions "tf32 gradient by weight"  # beside cuDNN's, one by one
+    python benchmarks/gpu_profile.py --once                                # the run alone, for ncu
 
 Without --all, events around every launch of this package's kernels time them, with their grids and the
 bytes of the arrays that they were given: a kernel that reads and writes each of them once runs at
 that bandwidth. What CuPy and cuBLAS launch is in the rest. --all, and PyTorch's step, ask PyTorch's
 profiler, which sees all kernels, also those of a captured step (--captured). --host asks Python's
 profiler instead, in both precisions, and times the calls of CuPy that steps are made of.
+--convolutions lists the kernels of single passes, in both libraries. Under Nsight Compute with
+--profile-from-start off, --once shows it those of ours alone, tiles chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +33,7 @@ if __package__ in (None, ""):
 
 from benchmarks.gpu_device import Cuda, Device, Rehearsal, Run, import_torch
 from benchmarks.gpu_host import host_report
+from benchmarks.gpu_kernels import Sizes, convolution_rows
 from benchmarks.gpu_process import kernel_times
 from benchmarks.gpu_steps import CAPTURED, EAGER, KINDS, Contestant, Workload
 from benchmarks.report import quantity
@@ -150,8 +156,34 @@ def table(lines: list[Line], step: float, longest: int) -> str:
     return "\n".join(parts)
 
 
+def profile_convolutions(device: Device, options: argparse.Namespace) -> None:
+    """Print the kernels of every pass of a convolution in whose name the pattern is found."""
+    for row in convolution_rows(device, Sizes(options.rehearse)):
+        if not options.convolutions.search(row.name):
+            continue
+        print(row.name, flush=True)
+        for one in row.contestants:
+            if options.once and one.name != "gradengine":
+                continue
+            run, _, _ = device.watch_memory(one.make)
+            if options.once:
+                with device.shown_to_profilers():
+                    run()
+                    device.synchronize()
+                continue
+            for name, (calls, seconds) in kernel_times(device, run).items():
+                print(f"{calls:>5} {quantity(seconds, 's'):>9}  {one.name}: {name[:150]}")
+        device.free()
+
+
 def suggestion(options: argparse.Namespace) -> str:
-    """Return the command that asks Nsight Compute about the kernels of one step."""
+    """Return the command that asks Nsight Compute about the kernels of one run."""
+    if options.convolutions:
+        pattern = options.convolutions.pattern
+        return (
+            "ncu --clock-control none --set full --profile-from-start off python "
+            f"benchmarks/gpu_profile.py --once --convolutions {shlex.quote(pattern)}"
+        )
     step = f"--once --kind {options.kind} --batch {options.batch} --precision {options.precision}"
     return (
         "ncu --clock-control none --set full --kernel-name regex:NAME --launch-skip 60 "
@@ -171,7 +203,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--all", action="store_true", help="all kernels, by PyTorch's profiler")
     add("--longest", type=int, default=40, help="how many kernels to list")
     add("--host", action="store_true", help="the functions of Python, and what CuPy's calls take")
-    add("--once", action="store_true", help="only run the step three times")
+    add("--convolutions", type=re.compile, metavar="REGEX", help="single passes, by their names")
+    add("--once", action="store_true", help="only run it three times, for ncu")
     add("--rehearse", action="store_true", help="run the code without a GPU")
     options = parser.parse_args(arguments)
     options.batch = options.batch or (32 if options.host else 256)
@@ -198,6 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.host:
         for line in host_report(device, options.batch, options.pixels, options.longest):
             print(line, flush=True)
+        return 0
+    if options.convolutions:
+        profile_convolutions(device, options)
+        print(suggestion(options))
         return 0
     chosen = contestant(device, options)
     run, first, memory = device.watch_memory(chosen.make)

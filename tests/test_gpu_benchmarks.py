@@ -600,3 +600,14 @@ def test_a_captured_step_of_pytorch_keeps_the_memory_that_its_graph_reads():
     del images
     replay()
     assert known() is not None
+
+
+def test_the_profile_of_convolutions_lists_both_libraries_kernels(capsys):
+    pytest.importorskip("torch")
+    command = ["--rehearse", "--convolutions", "tf32 forward, 1x1 stride 2, 64"]
+    assert gpu_profile.main(command) == 0
+    out = capsys.readouterr().out
+    assert "cuDNN nhwc: aten::conv2d" in out
+    assert "--once --convolutions 'tf32 forward, 1x1 stride 2, 64'" in out
+    assert gpu_profile.main([*command, "--once"]) == 0
+    assert "aten" not in capsys.readouterr().out

@@ -56,12 +56,12 @@ def function(library: Any, name: str) -> Callable[..., Any]:
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, OverflowError, ArithmeticError)
 
 
-def _leaf(library: Any, array: np.ndarray) -> Any:
+def _leaf(library: Any, array: np.ndarray, device: str) -> Any:
     # PyTorch takes no read-only arrays, though it makes such tensors itself, by expand.
     if not array.flags.writeable and library is torch:
         tensor = torch.from_numpy(array[..., :1].copy()).expand(array.shape)
     else:
-        tensor = library.from_numpy(array)
+        tensor = library.from_numpy(array).to(device)
     return tensor.detach().requires_grad_(array.dtype.kind == "f")
 
 
@@ -83,7 +83,8 @@ def _weighted(library: Any, tensors: Any, phase: float) -> Any:
     for place, tensor in enumerate(tensors):
         if getattr(tensor, "requires_grad", False):
             weights = _weights(tensor.shape, phase + place).astype(np.float64)
-            parts.append((tensor * library.from_numpy(weights).to(tensor.dtype)).sum())
+            weights = library.from_numpy(weights).to(tensor.device, tensor.dtype)
+            parts.append((tensor * weights).sum())
     return sum(parts[1:], parts[0]) if parts else None
 
 
@@ -96,9 +97,9 @@ def _gradients(library: Any, tensors: Any, leaves: Any, phase: float, recorded: 
     )
 
 
-def run(library: Any, call: Call) -> Outcome:
-    """Run a call forward, and backward twice."""
-    leaves = [_leaf(library, array) for array in call.inputs]
+def run(library: Any, call: Call, device: str = "cpu") -> Outcome:
+    """Run a call on a device forward, and backward twice."""
+    leaves = [_leaf(library, array, device) for array in call.inputs]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # both warn of some calls, each in its own words
         try:
@@ -122,7 +123,7 @@ def run(library: Any, call: Call) -> Outcome:
 def _array(result: Any) -> Any:
     if not hasattr(result, "detach"):
         return result
-    result = result.detach()
+    result = result.detach().cpu()
     return result.numpy() if isinstance(result, ge.Tensor) else result.numpy(force=True)
 
 
@@ -141,9 +142,12 @@ SAME_REFUSAL = {
 TOLERANCES = {"float64": (1e-9, 1e-12), "float32": (2e-4, 2e-5), "exact": (0, 0)}
 
 
-def compare(call: Call) -> tuple[int, list[str]]:
-    """Return how many things agree, and a line of words for each that does not."""
-    ours, theirs = run(ge, call), run(torch, call)
+def compare(call: Call, device: str = "cpu") -> tuple[int, list[str]]:
+    """Return how many things agree, and a line of words for each that does not.
+
+    PyTorch computes on the CPU, gradengine on the device, which must be the default one.
+    """
+    ours, theirs = run(ge, call, device), run(torch, call)
     if ours.refusal is not None or theirs.refusal is not None:
         difference = _between_refusals(call.operation, ours.refusal, theirs.refusal)
         return (0, [difference]) if difference else (1, [])
