@@ -12,7 +12,7 @@ from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, widened
 from gradengine.kernels import settings
-from gradengine.operation import lowered, operation, sum_to_shape, widest
+from gradengine.operation import array_of, lowered, operation, sum_to_shape, widest
 from gradengine.ops.shape import reshape
 
 # ---- matrix products -----------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def matmul(x: Any, y: Any) -> Any:
     """
     if autocast_mode.dtype is not None:
         x, y = lowered(x), lowered(y)
-    _check_product("matmul", x, y)
+    _check_product("matmul", array_of(x), array_of(y))
     if y.ndim == 1:
         if x.ndim <= 2:
             return _dot(x, y) if x.ndim == 1 else _mv(x, y)

@@ -34,6 +34,8 @@ RUNS = 64  # rows of y that they pass at a time
 TASKS = 4  # for each thread, so that they balance
 GROUP = 4  # panels of a task, where there are threads enough: it may have to copy a block of x
 
+DTYPES = tuple(map(np.dtype, ("float32", "float64")))  # strings would be compared as dtypes each time
+
 # NumPy's BLAS is the faster where a launch costs more than the product. It runs these on one thread;
 # larger ones on threads of its own, which then spin on the cores that the next kernel needs.
 SMALL_PRODUCT = 1 << 20
@@ -49,8 +51,9 @@ def matmul(x: Array, y: Array) -> Array:
     rows, depth, columns = x.shape[-2], x.shape[-1], y.shape[-1]
     batch = () if x.ndim == y.ndim == 2 else np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     size = rows * depth * columns
-    if x.dtype not in ("float32", "float64") or 0 in batch or size <= SMALL_MATRIX:
-        return np.matmul(x, y).astype(x.dtype, copy=False)  # of bfloat16 it is float32
+    if x.dtype not in DTYPES or 0 in batch or size <= SMALL_MATRIX:
+        out = np.matmul(x, y)
+        return out if out.dtype is x.dtype else out.astype(x.dtype)  # of bfloat16 it is float32
     if depth == 1:
         return x * y
     if (rows == 1 or columns == 1) and not batch:
