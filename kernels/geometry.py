@@ -250,17 +250,19 @@ def tap_positions(geometry: Geometry) -> tuple[NDArray[np.int64], NDArray[np.int
 
 @lru_cache(CACHED_GEOMETRIES)
 def covering_windows(geometry: Geometry) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give the output row whose tap reads each (input row, tap), and the same for columns.
+    """Give the output rows whose windows read each input row, and the same for columns.
 
-    The inverse of `tap_positions`: -1 where no window has that tap on that position. Shapes
-    (height, kernel_height) and (width, kernel_width); the arrays are shared and read-only.
+    The inverse of `tap_positions`, in the order of the taps: shapes (height, n) and (width, n), n
+    the most of any row or column, -1 after the last one. The arrays are shared and read-only.
     """
 
     def table(out_size: int, size: int, axis: int) -> NDArray[np.int64]:
         padded = np.arange(size)[:, None] + geometry.padding[axis][0]
         windows, rest = np.divmod(padded - _tap_offsets(geometry, axis), geometry.stride[axis])
         covered = (rest == 0) & (windows >= 0) & (windows < out_size)
-        return _read_only(np.where(covered, windows, -1))
+        covered_first = np.argsort(~covered, axis=1, kind="stable")
+        windows = np.take_along_axis(np.where(covered, windows, -1), covered_first, axis=1)
+        return _read_only(windows[:, : covered.sum(axis=1).max()].copy())
 
     return (
         table(geometry.out_height, geometry.height, 0),

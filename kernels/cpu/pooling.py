@@ -8,6 +8,7 @@ import numpy as np
 
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.layout import kernel_input
+from gradengine.kernels.cpu.simd import clear_run, pointer
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.geometry import covering_windows, tap_positions, window_divisors
 from gradengine.kernels.layout import Array, from_nhwc
@@ -43,6 +44,11 @@ def max_pool2d_gather(x: Array, indices: Array, geometry: Pool2dGeometry) -> Arr
 
 
 def avg_pool2d(x: Array, geometry: Pool2dGeometry) -> Array:
+    if _is_whole(geometry) and x.flags.c_contiguous and x.flags.writeable:
+        planes = x.reshape(-1, geometry.height, geometry.width)
+        means = np.empty(len(planes), x.dtype)
+        _average_planes(get_num_threads(), planes, window_divisors(geometry).item(), means)
+        return means.reshape(geometry.output_shape)
     out = np.empty(_nhwc(geometry.output_shape), x.dtype)
     _avg_pool2d(
         get_num_threads(), kernel_input(x), *tap_positions(geometry), window_divisors(geometry), out
@@ -52,11 +58,15 @@ def avg_pool2d(x: Array, geometry: Pool2dGeometry) -> Array:
 
 def avg_pool2d_grad(grad: Array, geometry: Pool2dGeometry) -> Array:
     grad_input = np.empty(_nhwc(geometry.input_shape), grad.dtype)
-    divisors = window_divisors(geometry).astype(grad.dtype)
-    _avg_pool2d_grad(
-        get_num_threads(), kernel_input(grad), *covering_windows(geometry), divisors, grad_input
-    )
+    shares = kernel_input(grad) / window_divisors(geometry)[..., None].astype(grad.dtype)
+    _avg_pool2d_grad(get_num_threads(), shares, *covering_windows(geometry), grad_input)
     return from_nhwc(grad_input)
+
+
+def _is_whole(geometry: Pool2dGeometry) -> bool:
+    """Whether there is one window, of all pixels and nothing else."""
+    kernel = geometry.kernel_height, geometry.kernel_width
+    return kernel == (geometry.height, geometry.width) and not any(map(any, geometry.padding))
 
 
 def _nhwc(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -148,22 +158,34 @@ def _avg_pool2d(worker, workers, x, row_taps, column_taps, divisors, out):
 
 
 @parallel_kernel
-def _avg_pool2d_grad(worker, workers, grad, covering_rows, covering_columns, divisors, grad_input):
-    """grad (N, P, Q, C), covering_rows (H, R), covering_columns (W, S), divisors (P, Q)."""
+def _average_planes(worker, workers, planes, divisor, means):
+    """Write to means (N,) the sum of each of planes (N, H, W), by columns first, over divisor."""
+    total = np.empty(planes.shape[2], np.float64)
+    for number in own_range(worker, workers, len(planes)):
+        total[:] = 0.0
+        for row in planes[number]:
+            for column in range(len(total)):
+                total[column] += row[column]
+        means[number] = np.divide(total.sum(), divisor)
+
+
+@parallel_kernel
+def _avg_pool2d_grad(worker, workers, shares, covering_rows, covering_columns, grad_input):
+    """shares (N, P, Q, C), covering_rows (H, R), covering_columns (W, S)."""
     batch, height, width, channels = grad_input.shape
     for row in own_range(worker, workers, batch * height):
         image = row // height
         input_row = row % height
         for column in range(width):
-            target = grad_input[image, input_row, column]
-            for channel in range(channels):
-                target[channel] = 0
+            target = pointer(grad_input, (row * width + column) * channels)
+            clear_run(target, channels)
             for r in range(covering_rows.shape[1]):
                 out_row = covering_rows[input_row, r]
                 for s in range(covering_columns.shape[1]):
                     out_column = covering_columns[column, s]
-                    if out_row >= 0 and out_column >= 0:
-                        source = grad[image, out_row, out_column]
-                        divisor = divisors[out_row, out_column]
-                        for channel in range(channels):  # np.divide: `/` would look for 0
-                            target[channel] += np.divide(source[channel], divisor)
+                    if out_row < 0 or out_column < 0:
+                        continue
+                    window = (image * shares.shape[1] + out_row) * shares.shape[2] + out_column
+                    source = pointer(shares, window * channels)
+                    for channel in range(channels):
+                        target[channel] += source[channel]

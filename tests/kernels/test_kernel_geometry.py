@@ -80,11 +80,12 @@ def assert_tables(geometry, axes, size):
     ):
         inside = [[h if 0 <= h < size[axis] else -1 for h in window] for window in axes[axis]]
         np.testing.assert_array_equal(positions, inside)
-        expected = np.full(windows.shape, -1)
-        for window, taps in enumerate(inside):
-            for tap, position in enumerate(taps):
-                if position >= 0:
-                    expected[position, tap] = window
+        by_tap = np.transpose(inside)
+        covering = [
+            [w for taps in by_tap for w in np.flatnonzero(taps == h)] for h in range(size[axis])
+        ]
+        most = max(map(len, covering))
+        expected = [found + [-1] * (most - len(found)) for found in covering]
         np.testing.assert_array_equal(windows, expected)
 
 
