@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gradengine.kernels import settings
-from gradengine.kernels.cpu import columns, depthwise, direct, epilogue, few_channels, winograd
+from gradengine.kernels.cpu import (
+    columns,
+    depthwise,
+    direct,
+    epilogue,
+    few_channels,
+    small_groups,
+    winograd,
+)
 from gradengine.kernels.cpu.layout import kernel_input
 from gradengine.kernels.geometry import CACHED_GEOMETRIES
 from gradengine.kernels.layout import Array, from_nhwc
@@ -28,6 +36,8 @@ class _Packed(NamedTuple):
 
     algorithm: ModuleType
     data: Array
+    groups: int
+    apart: _Packed | None = None  # the same without unions of small groups
 
 
 def _algorithm(geometry: Conv2dGeometry, dtype: np.dtype) -> ModuleType:
@@ -64,8 +74,18 @@ def conv2d_moments(
 
 
 def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> _Packed:
+    weight = kernel_input(weight)
+    apart = _pack(weight, geometry)
+    united = small_groups.united(geometry, weight.dtype)
+    if united is geometry:
+        return apart
+    weight = small_groups.unite(weight, geometry.groups, united.groups)
+    return _pack(weight, united)._replace(apart=apart)
+
+
+def _pack(weight: Array, geometry: Conv2dGeometry) -> _Packed:
     algorithm = _algorithm(geometry, weight.dtype)
-    return _Packed(algorithm, algorithm.pack(kernel_input(weight), geometry))
+    return _Packed(algorithm, algorithm.pack(weight, geometry), geometry.groups)
 
 
 def conv2d_grad_input(
@@ -74,10 +94,12 @@ def conv2d_grad_input(
     shape = (geometry.batch, geometry.height, geometry.width, geometry.in_channels)
     out = np.empty(shape, grad.dtype)
     if geometry.batch:
+        grad, weight = kernel_input(grad), kernel_input(weight)
+        geometry, weight = _united(grad, weight, geometry)
         few = few_channels.is_suitable(geometry, grad.dtype)
         algorithm = few_channels if few else _algorithm(geometry, grad.dtype)
         onto = epilogue.absent(4, grad.dtype) if onto is None else kernel_input(onto)
-        algorithm.grad_input(kernel_input(grad), kernel_input(weight), onto, out, geometry)
+        algorithm.grad_input(grad, weight, onto, out, geometry)
     return from_nhwc(out)
 
 
@@ -85,8 +107,20 @@ def conv2d_grad_weight(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array
     if not geometry.batch:
         outputs, channels, height, width = geometry.weight_shape
         return from_nhwc(np.zeros((outputs, height, width, channels), x.dtype))
-    algorithm = _algorithm(geometry, x.dtype)
-    return from_nhwc(algorithm.grad_weight(kernel_input(grad), kernel_input(x), geometry))
+    united = small_groups.united(geometry, x.dtype)
+    algorithm = _algorithm(united, x.dtype)
+    out = algorithm.grad_weight(kernel_input(grad), kernel_input(x), united)
+    if united is not geometry:
+        out = small_groups.divide(out, geometry.groups, united.groups)
+    return from_nhwc(out)
+
+
+def _united(x: Array, weight: Array, geometry: Conv2dGeometry) -> tuple[Conv2dGeometry, Array]:
+    """Unite small groups, if x, which the weight will be multiplied with, is finite."""
+    united = small_groups.united(geometry, x.dtype)
+    if united is geometry or not np.isfinite(x).all():
+        return geometry, weight
+    return united, small_groups.unite(weight, geometry.groups, united.groups)
 
 
 def _forward(
@@ -102,7 +136,14 @@ def _forward(
     """Give the result (N, P, Q, K), and the moments of its blocks if they are wanted."""
     batch, outputs, height, width = geometry.output_shape
     out = np.empty((batch, height, width, outputs), x.dtype)
+    x = kernel_input(x)
     packed: Any = weight[0] if isinstance(weight, tuple) else None  # the seam's PackedConv2d
+    if packed is None:
+        geometry, weight = _united(x, kernel_input(weight), geometry)
+    else:
+        if packed.apart is not None and not np.isfinite(x).all():
+            packed = packed.apart
+        geometry = geometry._replace(groups=packed.groups)
     algorithm = packed.algorithm if packed else _algorithm(geometry, x.dtype)
     blocks = algorithm.block_count(geometry, x.itemsize)
     moments = epilogue.empty_moments(blocks, outputs if wants_moments else 0, x.dtype)
@@ -115,9 +156,8 @@ def _forward(
             relu,
             moments,
         )
-        if packed is None:
-            data, weight = None, kernel_input(weight)
-        else:
+        data = None
+        if packed is not None:
             data, weight = packed.data, epilogue.absent(4, x.dtype)
-        algorithm.convolve(kernel_input(x), weight, data, out, geometry, finish)
+        algorithm.convolve(x, weight, data, out, geometry, finish)
     return out, moments

@@ -26,6 +26,8 @@ CASES = {
     "pointwise_padding": ((1, 2, 3, 3), (3, 2, 1, 1), 1, 1, 1, 1),
     "dilation": ((2, 2, 9, 9), (3, 2, 3, 3), 1, 2, 2, 1),
     "groups": ((2, 6, 5, 7), (9, 2, 3, 3), 2, 1, 1, 3),
+    "small_groups": ((2, 24, 6, 5), (36, 2, 3, 3), 2, 1, 1, 12),
+    "one_union": ((2, 6, 5, 6), (4, 3, 3, 3), 1, 1, 1, 2),
     "depthwise": ((2, 5, 6, 5), (5, 1, 3, 3), 1, 1, 1, 5),
     "depthwise_multiplier": ((1, 3, 5, 5), (6, 1, 3, 3), 2, 1, 1, 3),
     "kernel_is_input": ((2, 3, 4, 3), (2, 3, 4, 3), 1, 0, 1, 1),
@@ -95,6 +97,27 @@ def test_padding_is_zero_beside_infinite_pixels(place):
     x = np.full((1, 1, 3, 3), np.inf)
     geometry = conv2d_geometry(x.shape, (1, 1, 3, 3), padding=1)
     assert np.isposinf(place("conv2d", x, np.ones((1, 1, 3, 3)), None, geometry)).all()
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_groups_do_not_see_what_is_not_finite_in_others(value, place, rng):
+    geometry, x, weight, grad = make("small_groups", rng)
+    found = {}
+    for name in ("finite", "not"):
+        packed = kernels.pack_conv2d(place.give(weight), geometry)
+        found[name] = [
+            place("conv2d", x, weight, None, geometry),
+            place("conv2d", x, packed, None, geometry),
+            place("conv2d_grad_input", grad, weight, geometry),
+            place("conv2d_grad_weight", grad, x, geometry),
+        ]
+        x[0, 5, 2, 2] = grad[0, 8, 1, 1] = value  # of the third group
+    ours = [slice(6, 9), slice(6, 9), slice(4, 6), slice(6, 9)]
+    for finite, other, own in zip(found["finite"], found["not"], ours, strict=True):
+        axis = 0 if finite.shape == weight.shape else 1
+        assert not np.isfinite(np.moveaxis(other, axis, 0)[own]).all()
+        rest = [np.delete(np.moveaxis(found, axis, 0), own, axis=0) for found in (finite, other)]
+        assert_close(rest[1], rest[0], np.float64)
 
 
 def test_inputs_are_left_alone(place, rng):
