@@ -42,7 +42,8 @@ from gradengine.dtypes import (
 )
 from gradengine.grad_mode import grad_mode
 from gradengine.kernels.cuda import capture
-from gradengine.tape import Node, SavedOutput, Variable, View
+from gradengine.tape import Node, SavedOutput, Variable
+from gradengine.views import share_memory
 
 _ndarray = np.ndarray
 
@@ -239,7 +240,7 @@ def _general(op: Operation) -> Callable[..., Any]:
         else:
             result = Variable.Result(out)
         if view:
-            _share_memory(op, inputs[0], result, apply, attributes)
+            share_memory(op.view, inputs[0], result, apply, attributes)
         return result
 
     return apply
@@ -624,43 +625,3 @@ def _call(
             with array.device:
                 return call(forward, *arrays, **attributes)
     return forward(*arrays, **attributes)
-
-
-# ---- views ---------------------------------------------------------------------------------------
-
-
-def _share_memory(
-    op: Operation, source: Any, result: Any, apply: Callable[..., Any], attributes: dict[str, Any]
-) -> None:
-    """Make a result that has its source's memory a view: a write to either is then seen by both."""
-    if _owner(result.array) is not _owner(source.array):
-        return
-    result._counter = version = source.version()
-    known = source._view if source._base is not None else None
-    restriction = "" if op.view is True else _SEVERAL_VIEWS
-    if not grad_mode.enabled:
-        restriction = _UNRECORDED_VIEW
-    if known is None:
-        result._view = View(source, (None, apply, attributes), restriction)
-    else:
-        steps = (known.steps, apply, attributes)
-        result._view = View(known.base, steps, known.restriction or restriction)
-    version.log.add_view(result)
-
-
-_SEVERAL_VIEWS = (
-    "this view is the output of a function that returns multiple views (unbind, split, chunk, iteration); "
-    "such functions do not allow the output views to be modified inplace: take the view by its index, or "
-    "use an operation that is not in place"
-)
-_UNRECORDED_VIEW = (
-    "a view was created in no_grad mode and is being modified inplace, or its base is, with grad mode "
-    "enabled, which is ambiguous: do both inside the no_grad block, or both outside"
-)
-
-
-def _owner(array: Any) -> Any:
-    """Return the array, or what it was made of, that holds the memory."""
-    while (base := getattr(array, "base", None)) is not None:
-        array = base
-    return array

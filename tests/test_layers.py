@@ -29,6 +29,7 @@ LAYERS = {
     "gradengine.ops": 1,
     "gradengine.source_lines": 1,
     "gradengine.tape": 1,
+    "gradengine.views": 1,
     "gradengine.factories": 2,
     "gradengine.functional": 2,
     "gradengine.printing": 2,
