@@ -1,0 +1,375 @@
+// The gradient of 2-D convolution by the weight, on pixels in one long row of places (warpgroups of sm_90a):
+//     out(k, tap, c) = sum over places of grad(place, k) * x(place + the tap's shift, c)
+//
+// Images follow one another line by line, with gaps of zeros such that each tap reads what lies a constant number of
+// places further on. Pixel (row, column) of the output is at place (image * lines + row) * pitch + column. Of 3 x 2
+// pixels, 3 x 3 taps and a padding of 1, pitch 4 and 3 lines an image:
+//
+//     x        .  .  .  .       grad     0  1  2  .       The gap after a line is the one before the next, that after an
+//              .  0  1  2                3  4  5  .       image the one before the next. Tap (r, s) has shift 4 r + s:
+//              .  3  4  5                .  .  .  .       it reads for pixel 0 the gap before x's pixel 0 if r = 1 and
+//              .  .  .  .  next image    0  1  2  .       s = 0, pixel 0 itself if r = s = 1.
+//
+// With a stride, x is a phase of its own for each residue of its rows and columns, and a tap reads one of the phases.
+//
+// So the depth of this product is one row, which blocks share in slices and run through in stages. Shared memory has
+// the stages of grad, and a ring of places of each phase of x: each pixel is copied once for all taps of a block.
+//
+// Operand a is grad by way of registers: what a warpgroup loads serves its taps. Operand b is x, for another tap from
+// another place on. 16-bit elements are columns (warpgroup_operand_of_columns), copied from x as it lies, and any place
+// can be the first. Float32 must be blocks of four places of a channel (warpgroup_operand_of_blocks): places_of_x lays x
+// out like that in global memory, and a block is the first. What is left of a shift is therefore taken `back` from
+// grad: the taps of a warpgroup have it in common, and the pitch is a multiple of four.
+#include <indices.cuh>
+#include <tile.cuh>
+
+constexpr int MOST_PHASES = 4, MOST_GROUPS = 18;
+constexpr int GROUP_TAPS = 3;  // of a warpgroup
+
+struct Places {
+    int batch, height, width, channels;  // of x
+    int out_height, out_width, out_channels, taps;
+    int stride_y, stride_x, padding_y, padding_x;
+    Divisor lines, pitch;           // of an image, of a line
+    int places;                     // that are multiplied
+    int slice_places;               // a multiple of two stages
+    int ring_places, ahead_places;  // of a phase; those that x is copied ahead of grad; multiples of a stage
+    int phase_places, column_bytes; // of a ring in shared memory; of 16-bit elements, of a column of all rings
+    int laid_places;                // of float32, of a phase of x that is laid out
+    int phases, groups;
+    int phase_rows[MOST_PHASES], phase_columns[MOST_PHASES];  // of padded x, the first
+    // Groups of taps, each a warpgroup's. What is no tap has number -1, and reads as another one.
+    int backs[MOST_GROUPS];
+    int tap_numbers[MOST_GROUPS * GROUP_TAPS];
+    int tap_rings[MOST_GROUPS * GROUP_TAPS];   // where the ring of the tap's phase begins in a column
+    int tap_shifts[MOST_GROUPS * GROUP_TAPS];  // without what is taken back
+
+    DEVICE int channel_blocks() const { return (channels + 63) / 64; }
+};
+
+// Image, line and column of a place.
+struct Spot {
+    int image, line, column;
+
+    DEVICE Spot(int place, const Places& problem) {
+        const int lines = divide(place, problem.pitch);
+        image = divide(lines, problem.lines);
+        line = lines - image * problem.lines.divisor;
+        column = place - lines * problem.pitch.divisor;
+    }
+};
+
+// The pixel of x at a spot of a phase, counted through; -1 in a gap.
+DEVICE int pixel_of_x(const Spot& spot, int phase, const Places& problem) {
+    const int row = spot.line * problem.stride_y + problem.phase_rows[phase] - problem.padding_y;
+    const int column = spot.column * problem.stride_x + problem.phase_columns[phase] - problem.padding_x;
+    const bool is_gap = spot.image >= problem.batch || unsigned(row) >= unsigned(problem.height) ||
+                        unsigned(column) >= unsigned(problem.width);
+    return is_gap ? -1 : (spot.image * problem.height + row) * problem.width + column;
+}
+
+// The pixel of grad at a place, which may be before the first; -1 in a gap.
+DEVICE int pixel_of_grad(int place, const Places& problem) {
+    const Spot spot(max(place, 0), problem);
+    const bool is_gap = place < 0 || spot.image >= problem.batch || spot.line >= problem.out_height ||
+                        spot.column >= problem.out_width;
+    return is_gap ? -1 : (spot.image * problem.out_height + spot.line) * problem.out_width + spot.column;
+}
+
+// x (N, H, W, C) as blocks: out (phases, channels / 64, places / 4, 64 channels, 4 places), rounded to tf32, zeros in
+// gaps. A thread makes four places of a channel, which are in one line; the grid is (fours / 4, channel blocks, phases).
+__global__ void __launch_bounds__(256)
+places_of_x(const float* __restrict__ x, float* __restrict__ out, const __grid_constant__ Places problem) {
+    const int channel = blockIdx.y * 64 + threadIdx.x % 64, four = blockIdx.x * 4 + threadIdx.x / 64;
+    const int phase = blockIdx.z, fours = problem.laid_places / 4;
+    if (four >= fours) return;
+    Spot spot(four * 4, problem);
+    Pack<float, 4> pack;
+#pragma unroll
+    for (int i = 0; i < 4; ++i, ++spot.column) {
+        const int pixel = channel < problem.channels ? pixel_of_x(spot, phase, problem) : -1;
+        const float value = pixel < 0 ? 0 : x[(long long)pixel * problem.channels + channel];
+        pack.values[i] = __uint_as_float(round_to_tf32(__float_as_uint(value)));
+    }
+    const long long block = phase * problem.channel_blocks() + blockIdx.y;
+    reinterpret_cast<Pack<float, 4>*>(out)[(block * fours + four) * 64 + threadIdx.x % 64] = pack;
+}
+
+// A block's tile: 64 channels of grad, 64 of x, and the taps of three groups.
+template <typename Element>
+struct PlacesTile {
+    typedef Element T;
+    static constexpr int ROWS = 64, CHANNELS = 64, WARPGROUPS_OF_BLOCK = 3;
+    static constexpr int THREADS = WARPGROUPS_OF_BLOCK * 128;
+    static constexpr int DEPTH = 32 / sizeof(T);  // places that one product takes
+    static constexpr int STEPS = 4, STAGE = STEPS * DEPTH;
+    static constexpr int AHEAD = 2;            // stages of copies
+    static constexpr int STAGES = AHEAD + 2;   // of grad in shared memory: one is multiplied, another may still be
+    static constexpr int BACK = sizeof(T) == 4 ? 4 : 0;  // places of grad before those of a stage
+    static constexpr int GRAD_PLACES = BACK + STAGE;
+    // A place of grad. What is loaded together shares no banks: of float32, 4 places x 32 bytes; of 16-bit elements 8
+    // places x 16 bytes, as chunk c of place p stands at c ^ p % 8.
+    static constexpr int GRAD_PITCH = ROWS * sizeof(T) + (sizeof(T) == 4 ? 32 : 0);
+    static constexpr int GRAD_BYTES = GRAD_PLACES * GRAD_PITCH;
+    static constexpr int GRAD_CHUNKS = ROWS / CHUNK<T>;
+    static constexpr int COLUMNS = CHANNELS / 8;
+    static constexpr int PLACE_CHUNKS = sizeof(T) == 4 ? 16 : 1;  // from a place of a ring to the next: of a column
+    static constexpr int MIRROR = DEPTH;  // the ring's first places stand behind its last as well, for products there
+    static constexpr int ENTRIES = GRAD_PLACES + (sizeof(T) == 2 ? MOST_PHASES * STAGE : 0);
+    static constexpr int TABLES_BYTES = 2 * ENTRIES * sizeof(int);
+    static_assert(ENTRIES <= THREADS && (STAGES * GRAD_BYTES + TABLES_BYTES) % CHUNK_BYTES == 0);
+
+    typedef uint32_t Fragments[STEPS][4];
+
+    const Places& problem;
+    unsigned char* const shared;
+    int first_row, first_channel, first_place, group;
+    int reading, writing;  // where in the rings the next stage is read from, in chunks, and copied to, in places
+    int rings[GROUP_TAPS], shifts[GROUP_TAPS];  // in chunks
+    float sums[GROUP_TAPS][COLUMNS][4];
+
+    DEVICE explicit PlacesTile(const Places& problem)
+        : problem(problem), shared(dynamic_shared_memory<unsigned char>()), reading(0), writing(0) {
+        const int row_blocks = (problem.out_channels + ROWS - 1) / ROWS;
+        const int channel_blocks = (problem.channels + CHANNELS - 1) / CHANNELS;
+        first_row = int(blockIdx.x) % row_blocks * ROWS;
+        first_channel = int(blockIdx.x) / row_blocks % channel_blocks * CHANNELS;
+        first_place = int(blockIdx.y) * problem.slice_places;
+        // the same in all threads of a warp, and said so: operands are in uniform registers
+        const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+        group = int(blockIdx.x) / row_blocks / channel_blocks * WARPGROUPS_OF_BLOCK + warpgroup;
+        const int read = min(group, problem.groups - 1);  // one that exists
+#pragma unroll
+        for (int i = 0; i < GROUP_TAPS; ++i) {
+            rings[i] = problem.tap_rings[read * GROUP_TAPS + i] * PLACE_CHUNKS;
+            shifts[i] = problem.tap_shifts[read * GROUP_TAPS + i] * PLACE_CHUNKS;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) {
+#pragma unroll
+                for (int element = 0; element < 4; ++element) sums[i][j][element] = 0;
+            }
+        }
+    }
+
+    static DEVICE int lane() { return threadIdx.x % 32; }
+    static DEVICE int warp_row() { return threadIdx.x / 32 % 4 * 16; }
+
+    // Of the slice, always an even number: past the last place grad is 0.
+    DEVICE int stages() const {
+        const int places = min(problem.slice_places, problem.places - first_place);
+        return (places + 2 * STAGE - 1) / (2 * STAGE) * 2;
+    }
+
+    // Shared memory: stages of grad, two tables of pixels (those of one stage and of the next), rings of x.
+    DEVICE unsigned char* grad_of(int stage) const { return shared + stage % STAGES * GRAD_BYTES; }
+    DEVICE int* table_of(int stage) const {
+        return reinterpret_cast<int*>(shared + STAGES * GRAD_BYTES) + (stage & 1) * ENTRIES;
+    }
+    DEVICE unsigned char* ring() const { return shared + STAGES * GRAD_BYTES + TABLES_BYTES; }
+
+    // ---- copying ----
+
+    // Of x's places a stage has those ahead_places further on; before stage 0, stages without grad bring the first.
+    DEVICE int place_of_x(int stage) const { return first_place + problem.ahead_places + stage * STAGE; }
+
+    // Find the pixels that a stage copies.
+    DEVICE void make_table(int stage) {
+        const int entry = threadIdx.x, number = entry - GRAD_PLACES;
+        if (number < 0) {
+            table_of(stage)[entry] = pixel_of_grad(first_place + stage * STAGE - BACK + entry, problem);
+        } else if (sizeof(T) == 2 && number < problem.phases * STAGE) {
+            const Spot spot(place_of_x(stage) + number % STAGE, problem);
+            table_of(stage)[entry] = pixel_of_x(spot, number / STAGE, problem);
+        }
+    }
+
+    // Issue the copies of the next stage, which this one is; its table is made.
+    DEVICE void copy(int stage, const T* grad, const T* x) {
+        if (stage >= 0) copy_grad(stage, grad);
+        if constexpr (sizeof(T) == 2) copy_pixels(stage, x);
+        else copy_blocks(stage, x);
+        writing = writing + STAGE == problem.ring_places ? 0 : writing + STAGE;
+    }
+
+    DEVICE void copy_grad(int stage, const T* grad) const {
+        constexpr int STEP = THREADS / GRAD_CHUNKS;
+        const int first = threadIdx.x / GRAD_CHUNKS, chunk = threadIdx.x % GRAD_CHUNKS;
+        const int channel = first_row + chunk * CHUNK<T>;
+        const int* const pixels = table_of(stage) + first;
+        unsigned char* const places = grad_of(stage) + first * GRAD_PITCH;
+#pragma unroll
+        for (int place = 0; place < GRAD_PLACES; place += STEP) {
+            if (place + STEP > GRAD_PLACES && first + place >= GRAD_PLACES) break;
+            const int moved = sizeof(T) == 2 ? chunk ^ first % 8 : chunk;  // STEP is a multiple of 8
+            copy_pixel(places + place * GRAD_PITCH + moved * CHUNK_BYTES, grad, pixels[place], channel,
+                       problem.out_channels);
+        }
+    }
+
+    // 16-bit elements, from x as it lies: a pixel's chunks go to the columns.
+    DEVICE void copy_pixels(int stage, const T* x) const {
+        constexpr int STEP = THREADS / COLUMNS;
+        const int column = threadIdx.x % COLUMNS, channel = first_channel + column * 8;
+        const int* const pixels = table_of(stage) + GRAD_PLACES;
+        unsigned char* const places = ring() + column * problem.column_bytes + writing * CHUNK_BYTES;
+        const int end = problem.phases * STAGE;
+#pragma unroll 1
+        for (int number = threadIdx.x / COLUMNS; number < end; number += STEP) {
+            const int place = number % STAGE, pixel = pixels[number];
+            unsigned char* const destination = places + (number / STAGE * problem.phase_places + place) * CHUNK_BYTES;
+            copy_pixel(destination, x, pixel, channel, problem.channels);
+            if (writing == 0 && place < MIRROR) {
+                copy_pixel(destination + problem.ring_places * CHUNK_BYTES, x, pixel, channel, problem.channels);
+            }
+        }
+    }
+
+    // Copy a chunk of a pixel, zeros of none.
+    static DEVICE void copy_pixel(unsigned char* destination, const T* array, int pixel, int channel, int channels) {
+        const bool valid = pixel >= 0 && channel < channels;
+        const long long chunk = (long long)max(pixel, 0) * (channels / CHUNK<T>) + (valid ? channel / CHUNK<T> : 0);
+        copy_async<CHUNK_BYTES>(destination, array + chunk * CHUNK<T>, valid);
+    }
+
+    // Float32 that is laid out: a stage of a phase is one piece of memory.
+    DEVICE void copy_blocks(int stage, const T* x) const {
+        constexpr int STAGE_CHUNKS = STAGE * PLACE_CHUNKS;
+        const long long first = (long long)(first_channel / 64) * problem.laid_places + place_of_x(stage);
+        const uint4* source = reinterpret_cast<const uint4*>(x) + first * PLACE_CHUNKS + threadIdx.x;
+        uint4* destination = reinterpret_cast<uint4*>(ring()) + writing * PLACE_CHUNKS + threadIdx.x;
+#pragma unroll 1
+        for (int phase = 0; phase < problem.phases; ++phase) {
+#pragma unroll
+            for (int chunk = 0; chunk < STAGE_CHUNKS; chunk += THREADS) {
+                if (chunk + THREADS > STAGE_CHUNKS && threadIdx.x + chunk >= STAGE_CHUNKS) break;
+                copy_async<CHUNK_BYTES>(destination + chunk, source + chunk, true);
+            }
+            if (writing == 0 && threadIdx.x < MIRROR * PLACE_CHUNKS) {
+                copy_async<CHUNK_BYTES>(destination + problem.ring_places * PLACE_CHUNKS, source, true);
+            }
+            source += (long long)problem.channel_blocks() * problem.laid_places * PLACE_CHUNKS;
+            destination += problem.phase_places * PLACE_CHUNKS;
+        }
+    }
+
+    // ---- multiplying ----
+
+    // Load the warp's 16 rows of grad at the places of a stage. Of 16-bit elements, matrices are rows 0-7 and 8-15 at
+    // places 0-7, then at places 8-15. Of float32 a thread's two rows are neighbours: see row_of.
+    DEVICE void load(Fragments& a, int stage) const {
+        const unsigned char* const places = grad_of(stage);
+        if constexpr (sizeof(T) == 2) {
+            const int place = lane() / 16 * 8 + lane() % 8, chunk = warp_row() / 8 + lane() / 8 % 2;
+            const int offset = place * GRAD_PITCH + (chunk ^ lane() % 8) * CHUNK_BYTES;
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                load_matrices_transposed(a[step], places + offset + step * (DEPTH * GRAD_PITCH));
+            }
+        } else {
+            const int back = problem.backs[min(group, problem.groups - 1)];
+            const int offset = (BACK - back + lane() % 4) * GRAD_PITCH + row_of(0) * int(sizeof(T));
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint2 rows = *reinterpret_cast<const uint2*>(
+                        places + offset + (step * DEPTH + half * 4) * GRAD_PITCH);
+                    a[step][2 * half] = TensorCore<T>::prepare(rows.x);
+                    a[step][2 * half + 1] = TensorCore<T>::prepare(rows.y);
+                }
+            }
+        }
+    }
+
+    DEVICE uint64_t operand() const {
+        if constexpr (sizeof(T) == 2) return warpgroup_operand_of_columns(ring(), problem.column_bytes);
+        return warpgroup_operand_of_blocks(ring(), 4 * PLACE_CHUNKS * CHUNK_BYTES, 128);
+    }
+
+    // Issue the products of the next stage.
+    DEVICE void multiply(const Fragments& a) {
+        const uint64_t all = operand();
+        const int ring_chunks = problem.ring_places * PLACE_CHUNKS;
+        begin_products();
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            constexpr int STEP_CHUNKS = DEPTH * PLACE_CHUNKS;
+#pragma unroll
+            for (int i = 0; i < GROUP_TAPS; ++i) {
+                const int first = reading + shifts[i];
+                const int wrapped = first >= ring_chunks - step * STEP_CHUNKS ? ring_chunks : 0;
+                const uint32_t chunk = rings[i] + first + step * STEP_CHUNKS - wrapped;
+                TensorCore<T>::multiply_columns(sums[i], a[step], all + chunk);
+            }
+        }
+        commit_products();
+        reading += STAGE * PLACE_CHUNKS;
+        if (reading == ring_chunks) reading = 0;
+    }
+
+    // The row of sums[..][..][2 * half] and the next.
+    static DEVICE int row_of(int half) {
+        return warp_row() + (sizeof(T) == 4 ? lane() / 4 * 2 + half : half * 8 + lane() / 4);
+    }
+
+    // Write the sums to partials (out_channels, taps, channels) of the slice.
+    DEVICE void store(float* partials) const {
+        if (group >= problem.groups) return;
+#pragma unroll
+        for (int i = 0; i < GROUP_TAPS; ++i) {
+            const int tap = problem.tap_numbers[group * GROUP_TAPS + i];
+            if (tap < 0) continue;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; ++j) {
+                const int channel = first_channel + j * 8 + lane() % 4 * 2;
+                if (channel >= problem.channels) continue;
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = first_row + row_of(half);
+                    if (row >= problem.out_channels) continue;
+                    const long long line = (long long)row * problem.taps + tap;
+                    *reinterpret_cast<float2*>(partials + line * problem.channels + channel) =
+                        make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+                }
+            }
+        }
+    }
+};
+
+// x is what places_of_x gives of float32. The grid is (row blocks x channel blocks x blocks of groups, slices); partials
+// are (slices, out_channels, taps, channels).
+template <typename T>
+__global__ void __launch_bounds__(PlacesTile<T>::THREADS, 1)
+places_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partials,
+                   const __grid_constant__ Places problem) {
+    typedef PlacesTile<T> Tile;
+    Tile tile(problem);
+    const int stages = tile.stages();
+    for (int stage = -problem.ahead_places / Tile::STAGE; stage < Tile::AHEAD; ++stage) {
+        tile.make_table(stage);
+        __syncthreads();
+        tile.copy(stage, grad, x);
+        if (stage >= 0) commit_copies();
+    }
+    tile.make_table(Tile::AHEAD);
+    // Products of a stage run on while the next is loaded and issued.
+    const auto run_stage = [&](int stage, typename Tile::Fragments& a) {
+        wait_copies<Tile::AHEAD - 1>();
+        show_to_products();
+        __syncthreads();  // this stage has landed, the next table is made, and products of the last stage but one are done
+        tile.load(a, stage);
+        tile.multiply(a);
+        if (stage + Tile::AHEAD < stages) tile.copy(stage + Tile::AHEAD, grad, x);
+        commit_copies();
+        tile.make_table(stage + Tile::AHEAD + 1);
+        wait_products<1>();
+    };
+    typename Tile::Fragments even, odd;
+#pragma unroll 1
+    for (int stage = 0; stage < stages; stage += 2) {
+        run_stage(stage, even);
+        run_stage(stage + 1, odd);
+    }
+    wait_products<0>();
+    tile.store(partials + (long long)blockIdx.y * problem.out_channels * problem.taps * problem.channels);
+}

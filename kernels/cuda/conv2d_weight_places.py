@@ -1,0 +1,268 @@
+"""The gradient of 2-D convolution by the weight on places: pixels in one long row with gaps.
+
+`conv2d_weight_places.cu` says what places are; here are their numbers. On sm_90a, for more than one
+tap and more than 8 channels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from gradengine.devices import array_module
+from gradengine.kernels.cuda import slices
+from gradengine.kernels.cuda.launch import (
+    DIVISOR,
+    Limits,
+    by_value,
+    c_name,
+    device_limits,
+    divisor,
+    kernel,
+)
+from gradengine.kernels.cuda.tiles import CHUNK_BYTES, SLAB_BYTES, WARPGROUP_ARCHITECTURE
+from gradengine.kernels.geometry import CACHED_GEOMETRIES
+from gradengine.kernels.layout import Array
+
+if TYPE_CHECKING:
+    from gradengine.kernels.geometry import Conv2dGeometry
+
+SOURCE = "conv2d_weight_places.cu"
+
+# As in the source
+MOST_PHASES, MOST_GROUPS, GROUP_TAPS = 4, 18, 3
+ROWS = CHANNELS = 64  # of a tile
+COLUMN = 8  # channels
+WARPGROUPS = 3
+THREADS = 128 * WARPGROUPS
+STAGES = 4  # of grad in shared memory, and of x beside what is copied ahead
+FOUR = 4  # places of float32 that lie in one chunk
+LAYOUT_THREADS = 256  # each four places of a channel
+
+LEAST_STAGES = 8  # of a slice: its first stages wait for memory
+MAXIMUM_PLACES = 1 << 30  # numbers of 32 bits, also of what is copied past the end
+
+_PLACES = np.dtype(
+    [
+        *((name, np.int32) for name in ("batch", "height", "width", "channels")),
+        *((name, np.int32) for name in ("out_height", "out_width", "out_channels", "taps")),
+        *((name, np.int32) for name in ("stride_y", "stride_x", "padding_y", "padding_x")),
+        *((name, DIVISOR) for name in ("lines", "pitch")),
+        *((name, np.int32) for name in ("places", "slice_places", "ring_places", "ahead_places")),
+        *((name, np.int32) for name in ("phase_places", "column_bytes", "laid_places")),
+        *((name, np.int32) for name in ("phases", "groups")),
+        *((name, np.int32, MOST_PHASES) for name in ("phase_rows", "phase_columns")),
+        ("backs", np.int32, MOST_GROUPS),
+        *(
+            (name, np.int32, MOST_GROUPS * GROUP_TAPS)
+            for name in ("tap_numbers", "tap_rings", "tap_shifts")
+        ),
+    ]
+)
+
+KERNELS = {
+    SOURCE: (
+        *(f"places_grad_weight<{element}>" for element in ("float16", "bfloat16", "float")),
+        "places_of_x",
+    )
+}
+
+
+def partial_sums(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
+    """Give the gradient's sums of each slice, (slices, K, R * S, C); arrays are channels-last."""
+    plan = plan_of(geometry, x.dtype.itemsize, device_limits())
+    assert plan is not None
+    xp = array_module(x)
+    if plan.laid_shape is not None:
+        laid = xp.empty(plan.laid_shape, np.float32)
+        phases, across, fours, *_ = plan.laid_shape
+        grid = (-(-fours * CHANNELS // LAYOUT_THREADS), across, phases)
+        kernel(SOURCE, "places_of_x")(grid, (LAYOUT_THREADS,), (x, laid, plan.record))
+        x = laid
+    partials = xp.empty(plan.partials_shape, np.float32)
+    run = kernel(SOURCE, f"places_grad_weight<{c_name(grad.dtype)}>")
+    grid = (plan.blocks, plan.partials_shape[0])
+    run(grid, (THREADS,), (grad, x, partials, plan.record), plan.shared_bytes)
+    return partials
+
+
+class Plan(NamedTuple):
+    """How a geometry is launched."""
+
+    blocks: int  # of a slice
+    partials_shape: tuple[int, ...]
+    laid_shape: tuple[int, ...] | None  # of x laid out, None where it is read as it lies
+    shared_bytes: int
+    record: np.ndarray  # the struct Places, by value
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def plan_of(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> Plan | None:
+    """Plan the kernels' launch, or give None where they do not suit."""
+    taps = geometry.kernel_height * geometry.kernel_width
+    if (
+        limits.architecture != WARPGROUP_ARCHITECTURE
+        or geometry.groups > 1
+        or geometry.in_channels <= COLUMN
+        or taps == 1
+    ):
+        return None
+    row = _Row(geometry, itemsize)
+    if (
+        len(row.phases) > MOST_PHASES
+        or len(row.groups) > MOST_GROUPS
+        or row.shared_bytes > limits.shared_bytes
+        or row.laid_places >= MAXIMUM_PLACES
+    ):
+        return None
+    outputs, channels = geometry.out_channels, geometry.in_channels
+    channel_blocks = -(-channels // CHANNELS)
+    blocks = -(-outputs // ROWS) * channel_blocks * -(-len(row.groups) // WARPGROUPS)
+    least = LEAST_STAGES * row.stage
+    share = slices.plan(row.places, row.unit, least, blocks, 1, outputs * taps * channels)
+    laid_shape = None
+    if row.is_float32:
+        laid_shape = (len(row.phases), channel_blocks, row.laid_places // FOUR, CHANNELS, FOUR)
+    shape = (share.slices, outputs, taps, channels)
+    return Plan(blocks, shape, laid_shape, row.shared_bytes, row.record(share.depth))
+
+
+class _Tap(NamedTuple):
+    """A tap reads places of a phase that lie `shift` further on than grad's, which are `back` back."""
+
+    number: int
+    phase: int
+    shift: int
+    back: int
+
+
+class _Row:
+    """The row of places of a geometry, and its part in shared memory: fields of struct Places."""
+
+    def __init__(self, geometry: Conv2dGeometry, itemsize: int) -> None:
+        self.geometry = geometry
+        self.is_float32 = itemsize == np.dtype(np.float32).itemsize
+        self.stage = SLAB_BYTES // itemsize
+        self.unit = 2 * self.stage  # of a slice
+        step_of_pitch = FOUR if self.is_float32 else 1
+        down, across = self._taps()
+        pitch = _spacing(geometry, 1)
+        self.lines = _spacing(geometry, 0)
+        self.pitch = _rounded(pitch, step_of_pitch)
+        self.phases = sorted({(y, x) for (_, y), (_, x) in product(down, across)})
+        self.groups = _grouped(
+            [
+                _Tap(
+                    number,
+                    self.phases.index((y, x)),
+                    r * self.pitch + s - s % step_of_pitch,
+                    s % step_of_pitch,
+                )
+                for number, ((r, y), (s, x)) in enumerate(product(down, across))
+            ]
+        )
+        last_line = (geometry.batch - 1) * self.lines + geometry.out_height - 1
+        # what is taken back has come to the last pixel then
+        self.places = last_line * self.pitch + geometry.out_width + step_of_pitch - 1
+        furthest = max(tap.shift for group in self.groups for tap in group)
+        self.ahead = _rounded(furthest, self.stage)
+        self.laid_places = _rounded(self.places, self.unit) + self.ahead
+        self._lay_out_memory(itemsize)
+
+    def _taps(self) -> tuple[list[tuple[int, int]], ...]:
+        """Give the shift and the phase of the rows of taps, and of the columns."""
+        geometry = self.geometry
+        axes = zip(
+            (geometry.kernel_height, geometry.kernel_width),
+            geometry.stride,
+            geometry.dilation,
+            strict=True,
+        )
+        return tuple([divmod(tap * by, step) for tap in range(taps)] for taps, step, by in axes)
+
+    def _lay_out_memory(self, itemsize: int) -> None:
+        """Lay out shared memory: stages of grad, two tables, and the rings of x."""
+        depth = (
+            2 * CHUNK_BYTES // itemsize
+        )  # places of a product: so many of a ring are there twice
+        self.ring = self.ahead + STAGES * self.stage
+        self.phase_places = self.ring + depth
+        rings = len(self.phases) * self.phase_places * CHANNELS * itemsize
+        entries, grad_pitch = self.stage, ROWS * itemsize
+        if self.is_float32:
+            entries += FOUR
+            grad_pitch += 2 * CHUNK_BYTES
+        grads = STAGES * entries * grad_pitch
+        self.column_bytes = 0
+        if not self.is_float32:
+            entries += MOST_PHASES * self.stage
+            # columns are 16 bytes more than a multiple of 128 apart: one pixel's share no banks
+            self.column_bytes = (len(self.phases) * self.phase_places + 1) * CHUNK_BYTES
+            rings = CHANNELS // COLUMN * self.column_bytes
+        self.shared_bytes = grads + 2 * entries * np.dtype(np.int32).itemsize + rings
+
+    def record(self, slice_places: int) -> np.ndarray:
+        """Return the struct Places."""
+        geometry, groups = self.geometry, self.groups
+        record = np.zeros((), _PLACES)
+        for name in ("batch", "height", "width", "out_height", "out_width", "out_channels"):
+            record[name] = getattr(geometry, name)
+        record["channels"] = geometry.in_channels
+        record["taps"] = geometry.kernel_height * geometry.kernel_width
+        record["stride_y"], record["stride_x"] = geometry.stride
+        record["padding_y"], record["padding_x"] = (before for before, _ in geometry.padding)
+        record["lines"], record["pitch"] = divisor(self.lines), divisor(self.pitch)
+        for name in ("places", "phase_places", "column_bytes", "laid_places"):
+            record[name] = getattr(self, name)
+        record["ring_places"], record["ahead_places"] = self.ring, self.ahead
+        record["slice_places"] = slice_places
+        record["phases"], record["groups"] = len(self.phases), len(groups)
+        for number, (y, x) in enumerate(self.phases):
+            record["phase_rows"][number], record["phase_columns"][number] = y, x
+        for number, group in enumerate(groups):
+            record["backs"][number] = group[0].back
+            for i in range(GROUP_TAPS):
+                tap = group[i] if i < len(group) else group[0]._replace(number=-1)
+                at = number * GROUP_TAPS + i
+                record["tap_numbers"][at] = tap.number
+                record["tap_rings"][at] = tap.phase * self.phase_places
+                record["tap_shifts"][at] = tap.shift
+        return by_value(record)
+
+
+def _rounded(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def _spacing(geometry: Conv2dGeometry, axis: int) -> int:
+    """Return the least step along an axis from one image, or line, to the next.
+
+    Of each phase, positions `first` to `end` - 1 are x's. What taps read before and behind must not
+    be x's of the previous one or of the next.
+    """
+    size = (geometry.height, geometry.width)[axis]
+    out = (geometry.out_height, geometry.out_width)[axis]
+    taps = (geometry.kernel_height, geometry.kernel_width)[axis]
+    stride, (padding, _), dilation = (
+        of_axes[axis] for of_axes in (geometry.stride, geometry.padding, geometry.dilation)
+    )
+    least = out
+    for phase in {tap * dilation % stride for tap in range(taps)}:
+        own = [tap * dilation for tap in range(taps) if tap * dilation % stride == phase]
+        read = out + own[-1] // stride
+        first = max(0, -(-(padding - phase) // stride))
+        end = -(-(padding + size - phase) // stride)
+        least = max(least, min(end, read), read - first)
+    return least
+
+
+def _grouped(taps: list[_Tap]) -> list[list[_Tap]]:
+    """Share taps into groups that have `back` in common."""
+    groups = []
+    for back in sorted({tap.back for tap in taps}):
+        alike = [tap for tap in taps if tap.back == back]
+        groups += [alike[i : i + GROUP_TAPS] for i in range(0, len(alike), GROUP_TAPS)]
+    return groups
