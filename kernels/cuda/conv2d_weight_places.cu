@@ -119,11 +119,9 @@ struct PlacesTile {
     static constexpr int TABLES_BYTES = 2 * ENTRIES * sizeof(int);
     static_assert(ENTRIES <= THREADS && (STAGES * GRAD_BYTES + TABLES_BYTES) % CHUNK_BYTES == 0);
 
-    typedef uint32_t Fragments[STEPS][4];
-
     const Places& problem;
     unsigned char* const shared;
-    int first_row, first_channel, first_place, group;
+    int first_row, first_channel, first_place, group, back;
     int reading, writing;  // where in the rings the next stage is read from, in chunks, and copied to, in places
     int rings[GROUP_TAPS], shifts[GROUP_TAPS];  // in chunks
     float sums[GROUP_TAPS][COLUMNS][4];
@@ -139,6 +137,7 @@ struct PlacesTile {
         const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
         group = int(blockIdx.x) / row_blocks / channel_blocks * WARPGROUPS_OF_BLOCK + warpgroup;
         const int read = min(group, problem.groups - 1);  // one that exists
+        back = problem.backs[read];
 #pragma unroll
         for (int i = 0; i < GROUP_TAPS; ++i) {
             rings[i] = problem.tap_rings[read * GROUP_TAPS + i] * PLACE_CHUNKS;
@@ -183,14 +182,14 @@ struct PlacesTile {
         }
     }
 
-    // Issue the copies of the next stage, which this one is; its table is made.
-    DEVICE void copy(int stage, const T* grad, const T* x) {
-        if (stage >= 0) copy_grad(stage, grad);
+    // Issue the copies of x for the next stage, which is this one; its table is made.
+    DEVICE void copy_x(int stage, const T* x) {
         if constexpr (sizeof(T) == 2) copy_pixels(stage, x);
         else copy_blocks(stage, x);
         writing = writing + STAGE == problem.ring_places ? 0 : writing + STAGE;
     }
 
+    // The same of grad, for any stage.
     DEVICE void copy_grad(int stage, const T* grad) const {
         constexpr int STEP = THREADS / GRAD_CHUNKS;
         const int first = threadIdx.x / GRAD_CHUNKS, chunk = threadIdx.x % GRAD_CHUNKS;
@@ -254,29 +253,21 @@ struct PlacesTile {
 
     // ---- multiplying ----
 
-    // Load the warp's 16 rows of grad at the places of a stage. Of 16-bit elements, matrices are rows 0-7 and 8-15 at
+    // Load the warp's 16 rows of grad at the places of a step. Of 16-bit elements, matrices are rows 0-7 and 8-15 at
     // places 0-7, then at places 8-15. Of float32 a thread's two rows are neighbours: see row_of.
-    DEVICE void load(Fragments& a, int stage) const {
-        const unsigned char* const places = grad_of(stage);
+    DEVICE void load(uint32_t (&a)[4], int stage, int step) const {
+        const unsigned char* const places = grad_of(stage) + step * (DEPTH * GRAD_PITCH);
         if constexpr (sizeof(T) == 2) {
             const int place = lane() / 16 * 8 + lane() % 8, chunk = warp_row() / 8 + lane() / 8 % 2;
-            const int offset = place * GRAD_PITCH + (chunk ^ lane() % 8) * CHUNK_BYTES;
-#pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                load_matrices_transposed(a[step], places + offset + step * (DEPTH * GRAD_PITCH));
-            }
+            load_matrices_transposed(a, places + place * GRAD_PITCH + (chunk ^ lane() % 8) * CHUNK_BYTES);
         } else {
-            const int back = problem.backs[min(group, problem.groups - 1)];
-            const int offset = (BACK - back + lane() % 4) * GRAD_PITCH + row_of(0) * int(sizeof(T));
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const uint2 rows = *reinterpret_cast<const uint2*>(
-                        places + offset + (step * DEPTH + half * 4) * GRAD_PITCH);
-                    a[step][2 * half] = TensorCore<T>::prepare(rows.x);
-                    a[step][2 * half + 1] = TensorCore<T>::prepare(rows.y);
-                }
+            for (int half = 0; half < 2; ++half) {
+                const int place = BACK - back + half * 4 + lane() % 4;
+                const uint2 rows =
+                    *reinterpret_cast<const uint2*>(places + place * GRAD_PITCH + row_of(0) * int(sizeof(T)));
+                a[2 * half] = TensorCore<T>::prepare(rows.x);
+                a[2 * half + 1] = TensorCore<T>::prepare(rows.y);
             }
         }
     }
@@ -286,25 +277,26 @@ struct PlacesTile {
         return warpgroup_operand_of_blocks(ring(), 4 * PLACE_CHUNKS * CHUNK_BYTES, 128);
     }
 
-    // Issue the products of the next stage.
-    DEVICE void multiply(const Fragments& a) {
+    // Issue the products of a step of the next stage.
+    DEVICE void multiply(const uint32_t (&a)[4], int step) {
+        constexpr int STEP_CHUNKS = DEPTH * PLACE_CHUNKS;
         const uint64_t all = operand();
         const int ring_chunks = problem.ring_places * PLACE_CHUNKS;
         begin_products();
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            constexpr int STEP_CHUNKS = DEPTH * PLACE_CHUNKS;
-#pragma unroll
-            for (int i = 0; i < GROUP_TAPS; ++i) {
-                const int first = reading + shifts[i];
-                const int wrapped = first >= ring_chunks - step * STEP_CHUNKS ? ring_chunks : 0;
-                const uint32_t chunk = rings[i] + first + step * STEP_CHUNKS - wrapped;
-                TensorCore<T>::multiply_columns(sums[i], a[step], all + chunk);
-            }
+        for (int i = 0; i < GROUP_TAPS; ++i) {
+            const int first = reading + shifts[i];
+            const int wrapped = first >= ring_chunks - step * STEP_CHUNKS ? ring_chunks : 0;
+            const uint32_t chunk = rings[i] + first + step * STEP_CHUNKS - wrapped;
+            TensorCore<T>::multiply_columns(sums[i], a, all + chunk);
         }
         commit_products();
+    }
+
+    // All steps of a stage are issued.
+    DEVICE void end_stage() {
         reading += STAGE * PLACE_CHUNKS;
-        if (reading == ring_chunks) reading = 0;
+        if (reading == problem.ring_places * PLACE_CHUNKS) reading = 0;
     }
 
     // The row of sums[..][..][2 * half] and the next.
@@ -343,28 +335,38 @@ __global__ void __launch_bounds__(PlacesTile<T>::THREADS, 1)
 places_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partials,
                    const __grid_constant__ Places problem) {
     typedef PlacesTile<T> Tile;
+    constexpr int AHEAD = Tile::AHEAD, STEPS = Tile::STEPS;
     Tile tile(problem);
     const int stages = tile.stages();
-    for (int stage = -problem.ahead_places / Tile::STAGE; stage < Tile::AHEAD; ++stage) {
+    for (int stage = -problem.ahead_places / Tile::STAGE; stage < AHEAD; ++stage) {
         tile.make_table(stage);
         __syncthreads();
-        tile.copy(stage, grad, x);
-        if (stage >= 0) commit_copies();
+        tile.copy_x(stage, x);
+        if (stage < 0) continue;
+        tile.copy_grad(stage, grad);
+        commit_copies();
     }
-    tile.make_table(Tile::AHEAD);
-    // Products of a stage run on while the next is loaded and issued.
-    const auto run_stage = [&](int stage, typename Tile::Fragments& a) {
-        wait_copies<Tile::AHEAD - 1>();
+    tile.make_table(AHEAD);
+    // Tensor cores shall always have products to do: those of a stage are still running when the next one's are issued,
+    // and between them copies are.
+    const auto run_stage = [&](int stage, uint32_t (&a)[STEPS][4]) {
+        const bool copying = stage + AHEAD < stages;
+        wait_copies<AHEAD - 1>();
         show_to_products();
         __syncthreads();  // this stage has landed, the next table is made, and products of the last stage but one are done
-        tile.load(a, stage);
-        tile.multiply(a);
-        if (stage + Tile::AHEAD < stages) tile.copy(stage + Tile::AHEAD, grad, x);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            tile.load(a[step], stage, step);
+            tile.multiply(a[step], step);
+            if (step == 0 && copying) tile.copy_grad(stage + AHEAD, grad);
+            if (step == 1 && copying) tile.copy_x(stage + AHEAD, x);
+            if (step == 2) tile.make_table(stage + AHEAD + 1);
+        }
         commit_copies();
-        tile.make_table(stage + Tile::AHEAD + 1);
-        wait_products<1>();
+        tile.end_stage();
+        wait_products<STEPS>();
     };
-    typename Tile::Fragments even, odd;
+    uint32_t even[STEPS][4], odd[STEPS][4];
 #pragma unroll 1
     for (int stage = 0; stage < stages; stage += 2) {
         run_stage(stage, even);
