@@ -171,14 +171,15 @@ struct PlacesTile {
     // Of x's places a stage has those ahead_places further on; before stage 0, stages without grad bring the first.
     DEVICE int place_of_x(int stage) const { return first_place + problem.ahead_places + stage * STAGE; }
 
-    // Find the pixels that a stage copies.
+    // Find what a stage copies: the number of a pixel's first chunk in its array, less than 0 in a gap.
     DEVICE void make_table(int stage) {
         const int entry = threadIdx.x, number = entry - GRAD_PLACES;
         if (number < 0) {
-            table_of(stage)[entry] = pixel_of_grad(first_place + stage * STAGE - BACK + entry, problem);
+            const int pixel = pixel_of_grad(first_place + stage * STAGE - BACK + entry, problem);
+            table_of(stage)[entry] = pixel * (problem.out_channels / CHUNK<T>);
         } else if (sizeof(T) == 2 && number < problem.phases * STAGE) {
-            const Spot spot(place_of_x(stage) + number % STAGE, problem);
-            table_of(stage)[entry] = pixel_of_x(spot, number / STAGE, problem);
+            const int pixel = pixel_of_x(Spot(place_of_x(stage) + number % STAGE, problem), number / STAGE, problem);
+            table_of(stage)[entry] = pixel * (problem.channels / CHUNK<T>);
         }
     }
 
@@ -194,14 +195,14 @@ struct PlacesTile {
         constexpr int STEP = THREADS / GRAD_CHUNKS;
         const int first = threadIdx.x / GRAD_CHUNKS, chunk = threadIdx.x % GRAD_CHUNKS;
         const int channel = first_row + chunk * CHUNK<T>;
-        const int* const pixels = table_of(stage) + first;
-        unsigned char* const places = grad_of(stage) + first * GRAD_PITCH;
+        const bool exists = channel < problem.out_channels;
+        const T* const source = exists ? grad + channel : grad;
+        const int moved = sizeof(T) == 2 ? chunk ^ first % 8 : chunk;  // STEP is a multiple of 8
+        unsigned char* const places = grad_of(stage) + first * GRAD_PITCH + moved * CHUNK_BYTES;
 #pragma unroll
         for (int place = 0; place < GRAD_PLACES; place += STEP) {
             if (place + STEP > GRAD_PLACES && first + place >= GRAD_PLACES) break;
-            const int moved = sizeof(T) == 2 ? chunk ^ first % 8 : chunk;  // STEP is a multiple of 8
-            copy_pixel(places + place * GRAD_PITCH + moved * CHUNK_BYTES, grad, pixels[place], channel,
-                       problem.out_channels);
+            copy_chunk(places + place * GRAD_PITCH, source, table_of(stage)[first + place], exists);
         }
     }
 
@@ -209,25 +210,25 @@ struct PlacesTile {
     DEVICE void copy_pixels(int stage, const T* x) const {
         constexpr int STEP = THREADS / COLUMNS;
         const int column = threadIdx.x % COLUMNS, channel = first_channel + column * 8;
-        const int* const pixels = table_of(stage) + GRAD_PLACES;
+        const bool exists = channel < problem.channels;
+        const T* const source = exists ? x + channel : x;
+        const int* const chunks = table_of(stage) + GRAD_PLACES;
         unsigned char* const places = ring() + column * problem.column_bytes + writing * CHUNK_BYTES;
         const int end = problem.phases * STAGE;
 #pragma unroll 1
         for (int number = threadIdx.x / COLUMNS; number < end; number += STEP) {
-            const int place = number % STAGE, pixel = pixels[number];
+            const int place = number % STAGE, chunk = chunks[number];
             unsigned char* const destination = places + (number / STAGE * problem.phase_places + place) * CHUNK_BYTES;
-            copy_pixel(destination, x, pixel, channel, problem.channels);
+            copy_chunk(destination, source, chunk, exists);
             if (writing == 0 && place < MIRROR) {
-                copy_pixel(destination + problem.ring_places * CHUNK_BYTES, x, pixel, channel, problem.channels);
+                copy_chunk(destination + problem.ring_places * CHUNK_BYTES, source, chunk, exists);
             }
         }
     }
 
-    // Copy a chunk of a pixel, zeros of none.
-    static DEVICE void copy_pixel(unsigned char* destination, const T* array, int pixel, int channel, int channels) {
-        const bool valid = pixel >= 0 && channel < channels;
-        const long long chunk = (long long)max(pixel, 0) * (channels / CHUNK<T>) + (valid ? channel / CHUNK<T> : 0);
-        copy_async<CHUNK_BYTES>(destination, array + chunk * CHUNK<T>, valid);
+    // Copy a chunk counted from the source on, zeros where there is none.
+    static DEVICE void copy_chunk(unsigned char* destination, const T* source, int chunk, bool exists) {
+        copy_async<CHUNK_BYTES>(destination, source + (long long)max(chunk, 0) * CHUNK<T>, exists && chunk >= 0);
     }
 
     // Float32 that is laid out: a stage of a phase is one piece of memory.
