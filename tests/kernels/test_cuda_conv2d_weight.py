@@ -371,6 +371,29 @@ def test_what_has_no_places(case, emulated_cuda, rng):
     assert conv2d_weight.PLACES not in conv2d_weight._possible_ways(filled, 4, limits)
 
 
+def test_the_fastest_way_serves(emulated_cuda, rng, monkeypatch):
+    """All ways of a shape are timed, with the same result; where nothing is timed, a rule chooses."""
+    timed = []
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(
+        tuning, "_seconds", lambda run, way: (run(way), timed.append(way), -len(timed))[2]
+    )
+    arguments = drawn("square", rng, BFLOAT16)
+    check(*arguments)
+    assert not timed
+    monkeypatch.setattr(settings.cuda, "benchmark", True)
+    check(*arguments)
+    tiles = conv2d_weight.WINDOW_TILES[0], conv2d_weight.WARPGROUP_TILES[0]
+    assert timed == [*conv2d_weight.GATHER_TILES, *tiles, conv2d_weight.PLACES]
+    launch.forget_kernels()
+    check(*arguments)
+    assert is_only_places()
+    launch.forget_kernels()
+    monkeypatch.setattr(settings.general, "deterministic", True)
+    check(*arguments)
+    assert kinds() == {"warpgroup"}
+
+
 RESNET18 = {
     "stem": (3, 64, 224, 7, 2, 3),
     "layer1": (64, 64, 56, 3, 1, 1),
@@ -429,3 +452,15 @@ def test_each_way_on_a_gpu(case, dtype, way, rng):
     if way == "warpgroup" and launch.device_limits().architecture != WARPGROUP_ARCHITECTURE:
         pytest.skip("only on sm_90a")
     check(*drawn(case, rng, dtype), place=Place("cupy"))
+
+
+@pytest.mark.gpu
+@by_places
+@pytest.mark.parametrize("case", [*PLACED, "layer1", "layer2", "layer3", "layer4"])
+def test_places_on_a_gpu(case, dtype, way, rng):
+    if launch.device_limits().architecture != WARPGROUP_ARCHITECTURE:
+        pytest.skip("only on sm_90a")
+    arguments = drawn(PLACED.get(case) or LARGE[case], rng, dtype)
+    got = check(*arguments, place=Place("cupy"))
+    assert "places" in kinds()
+    np.testing.assert_array_equal(check(*arguments, place=Place("cupy")), got)
