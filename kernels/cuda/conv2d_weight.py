@@ -286,7 +286,7 @@ def grad_weight(
         (outputs, height, width, channels), x.dtype if out_dtype is None else out_dtype
     )
     launch = partial(_launch, grad, x, out, filled)
-    launch(_timed_way(filled.geometry, x.dtype, out.dtype, launch))
+    launch(_timed_way(geometry, x.dtype, out.dtype, launch))
     return from_nhwc(out)
 
 
@@ -379,12 +379,14 @@ def _timed_way(
     """Return the way that took least, where the user lets them be timed, else None."""
     if not settings.cuda.benchmark or settings.general.deterministic:
         return None
-    ways = _possible_ways(geometry, dtype.itemsize, device_limits())
+    ways = possible_ways(geometry, dtype.itemsize, device_limits())
     return tuning.fastest(("weight", geometry, dtype.name, out_dtype.name), ways, run)
 
 
 @lru_cache(CACHED_GEOMETRIES)
-def _possible_ways(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> tuple[Way, ...]:
+def possible_ways(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> tuple[Way, ...]:
+    """Return the ways to compute what suits tensor cores."""
+    geometry = _filled(geometry, itemsize).geometry
     ways: list[Way] = [tile for tile in GATHER_TILES if tile.shared_bytes <= limits.shared_bytes]
     if _has_windows(geometry):
         tiles = _window_tiles(geometry, itemsize, limits)

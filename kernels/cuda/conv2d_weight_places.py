@@ -130,6 +130,38 @@ def plan_of(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> Plan | N
     return Plan(blocks, shape, laid_shape, row.shared_bytes, row.record(share.depth))
 
 
+class _Axis(NamedTuple):
+    """Rows, or columns, of a convolution."""
+
+    size: int  # of x
+    out: int
+    taps: int
+    stride: int
+    padding: int  # before
+    dilation: int
+
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """Return the shift of each tap, and the phase that it reads."""
+        return [divmod(tap * self.dilation, self.stride) for tap in range(self.taps)]
+
+    @property
+    def spacing(self) -> int:
+        """Return the least step from one image, or line, to the next.
+
+        Of each phase, positions `first` to `end` - 1 are x's. What taps read before and behind must
+        not be x's of the previous image or of the next.
+        """
+        least = self.out
+        furthest = {phase: shift for shift, phase in self.reads}  # the last tap's
+        for phase, shift in furthest.items():
+            read = self.out + shift
+            first = max(0, -(-(self.padding - phase) // self.stride))
+            end = -(-(self.padding + self.size - phase) // self.stride)
+            least = max(least, min(end, read), read - first)
+        return least
+
+
 class _Tap(NamedTuple):
     """A tap reads places of a phase that lie `shift` further on than grad's, which are `back` back."""
 
@@ -147,49 +179,28 @@ class _Row:
         self.is_float32 = itemsize == np.dtype(np.float32).itemsize
         self.stage = SLAB_BYTES // itemsize
         self.unit = 2 * self.stage  # of a slice
-        step_of_pitch = FOUR if self.is_float32 else 1
-        down, across = self._taps()
-        pitch = _spacing(geometry, 1)
-        self.lines = _spacing(geometry, 0)
-        self.pitch = _rounded(pitch, step_of_pitch)
-        self.phases = sorted({(y, x) for (_, y), (_, x) in product(down, across)})
-        self.groups = _grouped(
-            [
-                _Tap(
-                    number,
-                    self.phases.index((y, x)),
-                    r * self.pitch + s - s % step_of_pitch,
-                    s % step_of_pitch,
-                )
-                for number, ((r, y), (s, x)) in enumerate(product(down, across))
-            ]
-        )
+        first = FOUR if self.is_float32 else 1  # x is read from each first place on
+        down, across = _axes(geometry)
+        self.lines, self.pitch = down.spacing, _rounded(across.spacing, first)
+        pairs = [(y, x, r, s) for (r, y), (s, x) in product(down.reads, across.reads)]
+        self.phases = sorted({(y, x) for y, x, _, _ in pairs})
+        taps = [
+            _Tap(number, self.phases.index((y, x)), r * self.pitch + s - s % first, s % first)
+            for number, (y, x, r, s) in enumerate(pairs)
+        ]
+        self.groups = _grouped(taps)
         last_line = (geometry.batch - 1) * self.lines + geometry.out_height - 1
         # what is taken back has come to the last pixel then
-        self.places = last_line * self.pitch + geometry.out_width + step_of_pitch - 1
-        furthest = max(tap.shift for group in self.groups for tap in group)
-        self.ahead = _rounded(furthest, self.stage)
+        self.places = last_line * self.pitch + geometry.out_width + first - 1
+        self.ahead = _rounded(max(tap.shift for tap in taps), self.stage)
         self.laid_places = _rounded(self.places, self.unit) + self.ahead
         self._lay_out_memory(itemsize)
 
-    def _taps(self) -> tuple[list[tuple[int, int]], ...]:
-        """Give the shift and the phase of the rows of taps, and of the columns."""
-        geometry = self.geometry
-        axes = zip(
-            (geometry.kernel_height, geometry.kernel_width),
-            geometry.stride,
-            geometry.dilation,
-            strict=True,
-        )
-        return tuple([divmod(tap * by, step) for tap in range(taps)] for taps, step, by in axes)
-
     def _lay_out_memory(self, itemsize: int) -> None:
         """Lay out shared memory: stages of grad, two tables, and the rings of x."""
-        depth = (
-            2 * CHUNK_BYTES // itemsize
-        )  # places of a product: so many of a ring are there twice
+        product_places = 2 * CHUNK_BYTES // itemsize  # of a ring, so many are there twice
         self.ring = self.ahead + STAGES * self.stage
-        self.phase_places = self.ring + depth
+        self.phase_places = self.ring + product_places
         rings = len(self.phases) * self.phase_places * CHANNELS * itemsize
         entries, grad_pitch = self.stage, ROWS * itemsize
         if self.is_float32:
@@ -237,31 +248,19 @@ def _rounded(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def _spacing(geometry: Conv2dGeometry, axis: int) -> int:
-    """Return the least step along an axis from one image, or line, to the next.
-
-    Of each phase, positions `first` to `end` - 1 are x's. What taps read before and behind must not
-    be x's of the previous one or of the next.
-    """
-    size = (geometry.height, geometry.width)[axis]
-    out = (geometry.out_height, geometry.out_width)[axis]
-    taps = (geometry.kernel_height, geometry.kernel_width)[axis]
-    stride, (padding, _), dilation = (
-        of_axes[axis] for of_axes in (geometry.stride, geometry.padding, geometry.dilation)
+def _axes(geometry: Conv2dGeometry) -> tuple[_Axis, _Axis]:
+    (top, _), (left, _) = geometry.padding
+    (step_y, step_x), (spread_y, spread_x) = geometry.stride, geometry.dilation
+    rows, columns = geometry.kernel_height, geometry.kernel_width
+    return (
+        _Axis(geometry.height, geometry.out_height, rows, step_y, top, spread_y),
+        _Axis(geometry.width, geometry.out_width, columns, step_x, left, spread_x),
     )
-    least = out
-    for phase in {tap * dilation % stride for tap in range(taps)}:
-        own = [tap * dilation for tap in range(taps) if tap * dilation % stride == phase]
-        read = out + own[-1] // stride
-        first = max(0, -(-(padding - phase) // stride))
-        end = -(-(padding + size - phase) // stride)
-        least = max(least, min(end, read), read - first)
-    return least
 
 
 def _grouped(taps: list[_Tap]) -> list[list[_Tap]]:
     """Share taps into groups that have `back` in common."""
-    groups = []
+    groups: list[list[_Tap]] = []
     for back in sorted({tap.back for tap in taps}):
         alike = [tap for tap in taps if tap.back == back]
         groups += [alike[i : i + GROUP_TAPS] for i in range(0, len(alike), GROUP_TAPS)]

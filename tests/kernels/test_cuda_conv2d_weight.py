@@ -54,7 +54,7 @@ PLAIN = {
 
 @pytest.fixture(autouse=True)
 def _plans_are_made_anew():
-    made = conv2d_weight._plan, conv2d_weight._possible_ways, conv2d_weight_places.plan_of
+    made = conv2d_weight._plan, conv2d_weight.possible_ways, conv2d_weight_places.plan_of
     for cached in made:
         cached.cache_clear()
     yield
@@ -366,9 +366,8 @@ def test_places_share_no_banks_and_race_nowhere(case, dtype, way, emulated_cuda,
 @pytest.mark.parametrize("case", ["few_channels", "pointwise", "groups", "large_stride"])
 def test_what_has_no_places(case, emulated_cuda, rng):
     geometry, *_ = drawn(case, rng)
-    filled = conv2d_weight._filled(geometry, 4).geometry
-    limits = launch.device_limits()
-    assert conv2d_weight.PLACES not in conv2d_weight._possible_ways(filled, 4, limits)
+    ways = conv2d_weight.possible_ways(geometry, 4, launch.device_limits())
+    assert conv2d_weight.PLACES not in ways
 
 
 def test_the_fastest_way_serves(emulated_cuda, rng, monkeypatch):
