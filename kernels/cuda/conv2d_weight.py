@@ -2,7 +2,8 @@
 
 Output pixels are the depth of this product, much larger than its result. Blocks share them in
 slices, of which there are as many as keep the device busy, and `slices` adds up what they found.
-What tensor cores do not suit is left to `conv2d_plain`.
+What tensor cores do not suit is left to `conv2d_plain`. Where the user lets ways be timed, that of
+`conv2d_weight_places` is one of them.
 """
 
 from __future__ import annotations

@@ -2,24 +2,26 @@
 //     out(k, tap, c) = sum over places of grad(place, k) * x(place + the tap's shift, c)
 //
 // Images follow one another line by line, with gaps of zeros such that each tap reads what lies a constant number of
-// places further on. Pixel (row, column) of the output is at place (image * lines + row) * pitch + column. Of 3 x 2
-// pixels, 3 x 3 taps and a padding of 1, pitch 4 and 3 lines an image:
+// places further on. Pixel (row, column) of the output is at place (image * lines + row) * pitch + column. Below,
+// images of 3 x 2 pixels with a padding of 1 have 3 lines and pitch 4. Tap (r, s) of 3 x 3 has shift 4 r + s: for pixel 0
+// of grad, tap (1, 1) reads pixel 0 of x, tap (1, 0) the gap before it.
 //
-//     x        .  .  .  .       grad     0  1  2  .       The gap after a line is the one before the next, that after an
-//              .  0  1  2                3  4  5  .       image the one before the next. Tap (r, s) has shift 4 r + s:
-//              .  3  4  5                .  .  .  .       it reads for pixel 0 the gap before x's pixel 0 if r = 1 and
-//              .  .  .  .  next image    0  1  2  .       s = 0, pixel 0 itself if r = s = 1.
+//     x    .  .  .  .     grad    0  1  2  .
+//          .  0  1  2             3  4  5  .     The gap after a line is the one before the next,
+//          .  3  4  5             .  .  .  .     the gap after an image the one before the next.
+//          .  .  .  .             0  1  2  .     <- the next image
+//          .  0  1  2             3  4  5  .
 //
-// With a stride, x is a phase of its own for each residue of its rows and columns, and a tap reads one of the phases.
+// With a stride, the residues of x's rows and columns are phases, each with places of its own; a tap reads one phase.
 //
 // So the depth of this product is one row, which blocks share in slices and run through in stages. Shared memory has
-// the stages of grad, and a ring of places of each phase of x: each pixel is copied once for all taps of a block.
+// the stages of grad, and a ring of places for each phase of x: each pixel is copied once for all taps of a block.
 //
 // Operand a is grad by way of registers: what a warpgroup loads serves its taps. Operand b is x, for another tap from
-// another place on. 16-bit elements are columns (warpgroup_operand_of_columns), copied from x as it lies, and any place
-// can be the first. Float32 must be blocks of four places of a channel (warpgroup_operand_of_blocks): places_of_x lays x
-// out like that in global memory, and a block is the first. What is left of a shift is therefore taken `back` from
-// grad: the taps of a warpgroup have it in common, and the pitch is a multiple of four.
+// another place on. 16-bit elements are columns (warpgroup_operand_of_columns), copied from x as it lies; any place can
+// be the first. Float32 is blocks of four places of a channel (warpgroup_operand_of_blocks), which places_of_x
+// makes in global memory; a block is the first. The rest of a shift is taken `back` from grad: it is the
+// same for the taps of a warpgroup, and the pitch is a multiple of four.
 #include <indices.cuh>
 #include <tile.cuh>
 
@@ -30,18 +32,20 @@ struct Places {
     int batch, height, width, channels;  // of x
     int out_height, out_width, out_channels, taps;
     int stride_y, stride_x, padding_y, padding_x;
-    Divisor lines, pitch;           // of an image, of a line
-    int places;                     // that are multiplied
-    int slice_places;               // a multiple of two stages
-    int ring_places, ahead_places;  // of a phase; those that x is copied ahead of grad; multiples of a stage
-    int phase_places, column_bytes; // of a ring in shared memory; of 16-bit elements, of a column of all rings
-    int laid_places;                // of float32, of a phase of x that is laid out
+    Divisor lines, pitch;   // of an image, of a line
+    int places;             // that are multiplied
+    int slice_places;       // a multiple of two stages
+    int ring_places;        // of a phase, a multiple of a stage
+    int ahead_places;       // that x is copied ahead of grad, a multiple of a stage: no shift is larger
+    int phase_places;       // from one ring to the next in shared memory
+    int column_bytes;       // of 16-bit elements: from one column of all rings to the next
+    int laid_places;        // of float32: of a phase of x as places_of_x lays it out
     int phases, groups;
     int phase_rows[MOST_PHASES], phase_columns[MOST_PHASES];  // of padded x, the first
     // Groups of taps, each a warpgroup's. What is no tap has number -1, and reads as another one.
     int backs[MOST_GROUPS];
     int tap_numbers[MOST_GROUPS * GROUP_TAPS];
-    int tap_rings[MOST_GROUPS * GROUP_TAPS];   // where the ring of the tap's phase begins in a column
+    int tap_rings[MOST_GROUPS * GROUP_TAPS];   // the place at which the ring of the tap's phase begins
     int tap_shifts[MOST_GROUPS * GROUP_TAPS];  // without what is taken back
 
     DEVICE int channel_blocks() const { return (channels + 63) / 64; }
@@ -76,8 +80,8 @@ DEVICE int pixel_of_grad(int place, const Places& problem) {
     return is_gap ? -1 : (spot.image * problem.out_height + spot.line) * problem.out_width + spot.column;
 }
 
-// x (N, H, W, C) as blocks: out (phases, channels / 64, places / 4, 64 channels, 4 places), rounded to tf32, zeros in
-// gaps. A thread makes four places of a channel, which are in one line; the grid is (fours / 4, channel blocks, phases).
+// x (N, H, W, C) as blocks: out (phases, channel blocks, places / 4, 64 channels, 4 places), rounded to tf32, zeros in
+// gaps. A thread makes four places of a channel, in one line. The grid is (fours / 4, channel blocks, phases).
 __global__ void __launch_bounds__(256)
 places_of_x(const float* __restrict__ x, float* __restrict__ out, const __grid_constant__ Places problem) {
     const int channel = blockIdx.y * 64 + threadIdx.x % 64, four = blockIdx.x * 4 + threadIdx.x / 64;
@@ -103,9 +107,9 @@ struct PlacesTile {
     static constexpr int THREADS = WARPGROUPS_OF_BLOCK * 128;
     static constexpr int DEPTH = 32 / sizeof(T);  // places that one product takes
     static constexpr int STEPS = 4, STAGE = STEPS * DEPTH;
-    static constexpr int AHEAD = 2;            // stages of copies
-    static constexpr int STAGES = AHEAD + 2;   // of grad in shared memory: one is multiplied, another may still be
-    static constexpr int BACK = sizeof(T) == 4 ? 4 : 0;  // places of grad before those of a stage
+    static constexpr int AHEAD = 2;           // stages whose copies are on their way
+    static constexpr int STAGES = AHEAD + 2;  // in shared memory: one is multiplied, and products of the last still run
+    static constexpr int BACK = sizeof(T) == 4 ? 4 : 0;  // places of grad that a stage has before its own
     static constexpr int GRAD_PLACES = BACK + STAGE;
     // A place of grad. What is loaded together shares no banks: of float32, 4 places x 32 bytes; of 16-bit elements 8
     // places x 16 bytes, as chunk c of place p stands at c ^ p % 8.
@@ -113,8 +117,8 @@ struct PlacesTile {
     static constexpr int GRAD_BYTES = GRAD_PLACES * GRAD_PITCH;
     static constexpr int GRAD_CHUNKS = ROWS / CHUNK<T>;
     static constexpr int COLUMNS = CHANNELS / 8;
-    static constexpr int PLACE_CHUNKS = sizeof(T) == 4 ? 16 : 1;  // from a place of a ring to the next: of a column
-    static constexpr int MIRROR = DEPTH;  // the ring's first places stand behind its last as well, for products there
+    static constexpr int PLACE_CHUNKS = sizeof(T) == 4 ? 16 : 1;  // from a place of a ring to the next
+    static constexpr int MIRROR = DEPTH;  // a ring's first places stand behind its last as well, for products there
     static constexpr int ENTRIES = GRAD_PLACES + (sizeof(T) == 2 ? MOST_PHASES * STAGE : 0);
     static constexpr int TABLES_BYTES = 2 * ENTRIES * sizeof(int);
     static_assert(ENTRIES <= THREADS && (STAGES * GRAD_BYTES + TABLES_BYTES) % CHUNK_BYTES == 0);
@@ -122,8 +126,9 @@ struct PlacesTile {
     const Places& problem;
     unsigned char* const shared;
     int first_row, first_channel, first_place, group, back;
-    int reading, writing;  // where in the rings the next stage is read from, in chunks, and copied to, in places
-    int rings[GROUP_TAPS], shifts[GROUP_TAPS];  // in chunks
+    int reading;  // where in the rings the next stage of grad begins, in chunks
+    int writing;  // where the next stage of x is copied to, in places
+    int rings[GROUP_TAPS], shifts[GROUP_TAPS];  // of this warpgroup's taps, in chunks
     float sums[GROUP_TAPS][COLUMNS][4];
 
     DEVICE explicit PlacesTile(const Places& problem)
@@ -168,10 +173,10 @@ struct PlacesTile {
 
     // ---- copying ----
 
-    // Of x's places a stage has those ahead_places further on; before stage 0, stages without grad bring the first.
+    // A stage brings places of x that lie ahead_places further on. Stages before 0, without grad, bring the first ones.
     DEVICE int place_of_x(int stage) const { return first_place + problem.ahead_places + stage * STAGE; }
 
-    // Find what a stage copies: the number of a pixel's first chunk in its array, less than 0 in a gap.
+    // Find what a stage copies: of each pixel the number of its first chunk in the array, less than 0 in a gap.
     DEVICE void make_table(int stage) {
         const int entry = threadIdx.x, number = entry - GRAD_PLACES;
         if (number < 0) {
@@ -183,14 +188,14 @@ struct PlacesTile {
         }
     }
 
-    // Issue the copies of x for the next stage, which is this one; its table is made.
+    // Issue a stage's copies of x, one stage after the other; its table is made.
     DEVICE void copy_x(int stage, const T* x) {
         if constexpr (sizeof(T) == 2) copy_pixels(stage, x);
         else copy_blocks(stage, x);
         writing = writing + STAGE == problem.ring_places ? 0 : writing + STAGE;
     }
 
-    // The same of grad, for any stage.
+    // Issue those of grad.
     DEVICE void copy_grad(int stage, const T* grad) const {
         constexpr int STEP = THREADS / GRAD_CHUNKS;
         const int first = threadIdx.x / GRAD_CHUNKS, chunk = threadIdx.x % GRAD_CHUNKS;
@@ -329,7 +334,7 @@ struct PlacesTile {
     }
 };
 
-// x is what places_of_x gives of float32. The grid is (row blocks x channel blocks x blocks of groups, slices); partials
+// Float32 x is what places_of_x gives. The grid is (row blocks x channel blocks x blocks of groups, slices); partials
 // are (slices, out_channels, taps, channels).
 template <typename T>
 __global__ void __launch_bounds__(PlacesTile<T>::THREADS, 1)
@@ -348,13 +353,13 @@ places_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* _
         commit_copies();
     }
     tile.make_table(AHEAD);
-    // Tensor cores shall always have products to do: those of a stage are still running when the next one's are issued,
-    // and between them copies are.
+    // Tensor cores shall always have products to do: those of a stage still run when the first of the next are issued,
+    // and copies are issued between them. Each step is a group of products.
     const auto run_stage = [&](int stage, uint32_t (&a)[STEPS][4]) {
         const bool copying = stage + AHEAD < stages;
         wait_copies<AHEAD - 1>();
         show_to_products();
-        __syncthreads();  // this stage has landed, the next table is made, and products of the last stage but one are done
+        __syncthreads();  // the stage has landed, a table is made, and products of the last stage but one are done
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             tile.load(a[step], stage, step);
