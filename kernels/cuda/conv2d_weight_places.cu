@@ -19,8 +19,8 @@
 //
 // Operand a is grad by way of registers: what a warpgroup loads serves its taps. Operand b is x, for another tap from
 // another place on. 16-bit elements are columns (warpgroup_operand_of_columns), copied from x as it lies; any place can
-// be the first. Float32 is blocks of four places of a channel (warpgroup_operand_of_blocks), which places_of_x
-// makes in global memory; a block is the first. The rest of a shift is taken `back` from grad: it is the
+// be the first. Float32 is blocks of four places of a channel (warpgroup_operand_of_blocks), made in registers,
+// where it is rounded as well; only a block can be the first. The rest of a shift is taken `back` from grad: it is the
 // same for the taps of a warpgroup, and the pitch is a multiple of four.
 #include <indices.cuh>
 #include <tile.cuh>
@@ -34,12 +34,11 @@ struct Places {
     int stride_y, stride_x, padding_y, padding_x;
     Divisor lines, pitch;   // of an image, of a line
     int places;             // that are multiplied
-    int slice_places;       // a multiple of two stages
+    int slice_places;       // a multiple of a stage
     int ring_places;        // of a phase, a multiple of a stage
     int ahead_places;       // that x is copied ahead of grad, a multiple of a stage: no shift is larger
     int phase_places;       // from one ring to the next in shared memory
     int column_bytes;       // of 16-bit elements: from one column of all rings to the next
-    int laid_places;        // of float32: of a phase of x as places_of_x lays it out
     int phases, groups;
     int phase_rows[MOST_PHASES], phase_columns[MOST_PHASES];  // of padded x, the first
     // Groups of taps, each a warpgroup's. What is no tap has number -1, and reads as another one.
@@ -47,8 +46,6 @@ struct Places {
     int tap_numbers[MOST_GROUPS * GROUP_TAPS];
     int tap_rings[MOST_GROUPS * GROUP_TAPS];   // the place at which the ring of the tap's phase begins
     int tap_shifts[MOST_GROUPS * GROUP_TAPS];  // without what is taken back
-
-    DEVICE int channel_blocks() const { return (channels + 63) / 64; }
 };
 
 // Image, line and column of a place.
@@ -80,27 +77,8 @@ DEVICE int pixel_of_grad(int place, const Places& problem) {
     return is_gap ? -1 : (spot.image * problem.out_height + spot.line) * problem.out_width + spot.column;
 }
 
-// x (N, H, W, C) as blocks: out (phases, channel blocks, places / 4, 64 channels, 4 places), rounded to tf32, zeros in
-// gaps. A thread makes four places of a channel, in one line. The grid is (fours / 4, channel blocks, phases).
-__global__ void __launch_bounds__(256)
-places_of_x(const float* __restrict__ x, float* __restrict__ out, const __grid_constant__ Places problem) {
-    const int channel = blockIdx.y * 64 + threadIdx.x % 64, four = blockIdx.x * 4 + threadIdx.x / 64;
-    const int phase = blockIdx.z, fours = problem.laid_places / 4;
-    if (four >= fours) return;
-    Spot spot(four * 4, problem);
-    Pack<float, 4> pack;
-#pragma unroll
-    for (int i = 0; i < 4; ++i, ++spot.column) {
-        const int pixel = channel < problem.channels ? pixel_of_x(spot, phase, problem) : -1;
-        const float value = pixel < 0 ? 0 : x[(long long)pixel * problem.channels + channel];
-        pack.values[i] = __uint_as_float(round_to_tf32(__float_as_uint(value)));
-    }
-    const long long block = phase * problem.channel_blocks() + blockIdx.y;
-    reinterpret_cast<Pack<float, 4>*>(out)[(block * fours + four) * 64 + threadIdx.x % 64] = pack;
-}
-
-// A block's tile: 64 channels of grad, 64 of x, and the taps of three groups.
-template <typename Element>
+// A block's tile: 64 channels of grad, 64 of x, and the taps of three groups, which read at most PHASES phases.
+template <typename Element, int PHASES>
 struct PlacesTile {
     typedef Element T;
     static constexpr int ROWS = 64, CHANNELS = 64, WARPGROUPS_OF_BLOCK = 3;
@@ -119,9 +97,13 @@ struct PlacesTile {
     static constexpr int COLUMNS = CHANNELS / 8;
     static constexpr int PLACE_CHUNKS = sizeof(T) == 4 ? 16 : 1;  // from a place of a ring to the next
     static constexpr int MIRROR = DEPTH;  // a ring's first places stand behind its last as well, for products there
-    static constexpr int ENTRIES = GRAD_PLACES + (sizeof(T) == 2 ? MOST_PHASES * STAGE : 0);
+    static constexpr int ENTRIES = GRAD_PLACES + PHASES * STAGE;  // of a table
     static constexpr int TABLES_BYTES = 2 * ENTRIES * sizeof(int);
-    static_assert(ENTRIES <= THREADS && (STAGES * GRAD_BYTES + TABLES_BYTES) % CHUNK_BYTES == 0);
+    static_assert(ENTRIES <= THREADS && GRAD_PLACES % 4 == 0 && STAGE % 4 == 0 && PHASES <= MOST_PHASES);
+    // Float32: a stage of x is blocks of four places of a channel; a thread makes some of one channel, in two parts.
+    static constexpr int FOURS = STAGE / 4, FOURS_AT_ONCE = THREADS / CHANNELS;
+    static constexpr int PART_FOURS = ((PHASES * FOURS + FOURS_AT_ONCE - 1) / FOURS_AT_ONCE + 1) / 2;
+    typedef float Part[PART_FOURS][4];
 
     const Places& problem;
     unsigned char* const shared;
@@ -158,10 +140,9 @@ struct PlacesTile {
     static DEVICE int lane() { return threadIdx.x % 32; }
     static DEVICE int warp_row() { return threadIdx.x / 32 % 4 * 16; }
 
-    // Of the slice, always an even number: past the last place grad is 0.
+    // Of the slice; past the last place grad is 0.
     DEVICE int stages() const {
-        const int places = min(problem.slice_places, problem.places - first_place);
-        return (places + 2 * STAGE - 1) / (2 * STAGE) * 2;
+        return (min(problem.slice_places, problem.places - first_place) + STAGE - 1) / STAGE;
     }
 
     // Shared memory: stages of grad, two tables of pixels (those of one stage and of the next), rings of x.
@@ -182,20 +163,13 @@ struct PlacesTile {
         if (number < 0) {
             const int pixel = pixel_of_grad(first_place + stage * STAGE - BACK + entry, problem);
             table_of(stage)[entry] = pixel * (problem.out_channels / CHUNK<T>);
-        } else if (sizeof(T) == 2 && number < problem.phases * STAGE) {
+        } else if (number < problem.phases * STAGE) {
             const int pixel = pixel_of_x(Spot(place_of_x(stage) + number % STAGE, problem), number / STAGE, problem);
             table_of(stage)[entry] = pixel * (problem.channels / CHUNK<T>);
         }
     }
 
-    // Issue a stage's copies of x, one stage after the other; its table is made.
-    DEVICE void copy_x(int stage, const T* x) {
-        if constexpr (sizeof(T) == 2) copy_pixels(stage, x);
-        else copy_blocks(stage, x);
-        writing = writing + STAGE == problem.ring_places ? 0 : writing + STAGE;
-    }
-
-    // Issue those of grad.
+    // Issue a stage's copies of grad; its table is made.
     DEVICE void copy_grad(int stage, const T* grad) const {
         constexpr int STEP = THREADS / GRAD_CHUNKS;
         const int first = threadIdx.x / GRAD_CHUNKS, chunk = threadIdx.x % GRAD_CHUNKS;
@@ -211,7 +185,7 @@ struct PlacesTile {
         }
     }
 
-    // 16-bit elements, from x as it lies: a pixel's chunks go to the columns.
+    // Issue those of x, of 16-bit elements: a pixel's chunks go to the columns.
     DEVICE void copy_pixels(int stage, const T* x) const {
         constexpr int STEP = THREADS / COLUMNS;
         const int column = threadIdx.x % COLUMNS, channel = first_channel + column * 8;
@@ -236,24 +210,48 @@ struct PlacesTile {
         copy_async<CHUNK_BYTES>(destination, source + (long long)max(chunk, 0) * CHUNK<T>, exists && chunk >= 0);
     }
 
-    // Float32 that is laid out: a stage of a phase is one piece of memory.
-    DEVICE void copy_blocks(int stage, const T* x) const {
-        constexpr int STAGE_CHUNKS = STAGE * PLACE_CHUNKS;
-        const long long first = (long long)(first_channel / 64) * problem.laid_places + place_of_x(stage);
-        const uint4* source = reinterpret_cast<const uint4*>(x) + first * PLACE_CHUNKS + threadIdx.x;
-        uint4* destination = reinterpret_cast<uint4*>(ring()) + writing * PLACE_CHUNKS + threadIdx.x;
-#pragma unroll 1
-        for (int phase = 0; phase < problem.phases; ++phase) {
+    // The stage of x is copied.
+    DEVICE void end_copies() { writing = writing + STAGE == problem.ring_places ? 0 : writing + STAGE; }
+
+    // The thread's fours of places, counted through all phases, and its channel.
+    static DEVICE int four_of(int part, int i) {
+        return threadIdx.x / CHANNELS + (part * PART_FOURS + i) * FOURS_AT_ONCE;
+    }
+    static DEVICE int channel() { return threadIdx.x % CHANNELS; }
+
+    // Float32: load a part of a stage of x.
+    DEVICE void load_x(Part& values, int part, int stage, const T* x) const {
+        const bool exists = first_channel + channel() < problem.channels;
+        const T* const source = x + first_channel + channel();
+        const int4* const fours = reinterpret_cast<const int4*>(table_of(stage) + GRAD_PLACES);
 #pragma unroll
-            for (int chunk = 0; chunk < STAGE_CHUNKS; chunk += THREADS) {
-                if (chunk + THREADS > STAGE_CHUNKS && threadIdx.x + chunk >= STAGE_CHUNKS) break;
-                copy_async<CHUNK_BYTES>(destination + chunk, source + chunk, true);
+        for (int i = 0; i < PART_FOURS; ++i) {
+            const int four = four_of(part, i);
+            if (four >= problem.phases * FOURS) break;
+            const int4 chunks = fours[four];
+            const int starts[4] = {chunks.x, chunks.y, chunks.z, chunks.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                values[i][j] = exists && starts[j] >= 0 ? source[(long long)starts[j] * CHUNK<T>] : 0;
             }
-            if (writing == 0 && threadIdx.x < MIRROR * PLACE_CHUNKS) {
-                copy_async<CHUNK_BYTES>(destination + problem.ring_places * PLACE_CHUNKS, source, true);
-            }
-            source += (long long)problem.channel_blocks() * problem.laid_places * PLACE_CHUNKS;
-            destination += problem.phase_places * PLACE_CHUNKS;
+        }
+    }
+
+    // Round a part, and store it as blocks.
+    DEVICE void store_x(const Part& values, int part) const {
+        uint4* const blocks = reinterpret_cast<uint4*>(ring()) + channel();
+#pragma unroll
+        for (int i = 0; i < PART_FOURS; ++i) {
+            const int four = four_of(part, i);
+            if (four >= problem.phases * FOURS) break;
+            const int phase = four / FOURS, place = writing + four % FOURS * 4;
+            uint32_t bits[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) bits[j] = TensorCore<T>::prepare(__float_as_uint(values[i][j]));
+            const uint4 block = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+            uint4* const target = blocks + (phase * problem.phase_places + place) * PLACE_CHUNKS;
+            *target = block;
+            if (place < MIRROR) target[problem.ring_places * PLACE_CHUNKS] = block;
         }
     }
 
@@ -299,8 +297,8 @@ struct PlacesTile {
         commit_products();
     }
 
-    // All steps of a stage are issued.
-    DEVICE void end_stage() {
+    // The products of a stage are issued.
+    DEVICE void end_products() {
         reading += STAGE * PLACE_CHUNKS;
         if (reading == problem.ring_places * PLACE_CHUNKS) reading = 0;
     }
@@ -334,49 +332,62 @@ struct PlacesTile {
     }
 };
 
-// Float32 x is what places_of_x gives. The grid is (row blocks x channel blocks x blocks of groups, slices); partials
-// are (slices, out_channels, taps, channels).
-template <typename T>
-__global__ void __launch_bounds__(PlacesTile<T>::THREADS, 1)
+// The grid is (row blocks x channel blocks x blocks of groups, slices); partials are (slices, out_channels, taps,
+// channels).
+template <typename T, int PHASES>
+__global__ void __launch_bounds__(PlacesTile<T, PHASES>::THREADS, 1)
 places_grad_weight(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partials,
                    const __grid_constant__ Places problem) {
-    typedef PlacesTile<T> Tile;
+    typedef PlacesTile<T, PHASES> Tile;
     constexpr int AHEAD = Tile::AHEAD, STEPS = Tile::STEPS;
     Tile tile(problem);
-    const int stages = tile.stages();
+    typename Tile::Part first, second;
     for (int stage = -problem.ahead_places / Tile::STAGE; stage < AHEAD; ++stage) {
         tile.make_table(stage);
         __syncthreads();
-        tile.copy_x(stage, x);
+        if constexpr (sizeof(T) == 2) {
+            tile.copy_pixels(stage, x);
+        } else {
+            tile.load_x(first, 0, stage, x);
+            tile.load_x(second, 1, stage, x);
+            tile.store_x(first, 0);
+            tile.store_x(second, 1);
+        }
+        tile.end_copies();
         if (stage < 0) continue;
         tile.copy_grad(stage, grad);
         commit_copies();
     }
     tile.make_table(AHEAD);
-    // Tensor cores shall always have products to do: those of a stage still run when the first of the next are issued,
-    // and copies are issued between them. Each step is a group of products.
-    const auto run_stage = [&](int stage, uint32_t (&a)[STEPS][4]) {
+    // Tensor cores shall always have products to do: the last steps of a stage still run when the next one's first are
+    // issued, and copies are issued between steps. Each step is a group of products.
+    const int stages = tile.stages();
+    uint32_t a[STEPS][4];
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
         const bool copying = stage + AHEAD < stages;
         wait_copies<AHEAD - 1>();
         show_to_products();
         __syncthreads();  // the stage has landed, a table is made, and products of the last stage but one are done
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
+            wait_products<STEPS - 1>();  // this step's of the last stage are done: a can be loaded anew
             tile.load(a[step], stage, step);
             tile.multiply(a[step], step);
-            if (step == 0 && copying) tile.copy_grad(stage + AHEAD, grad);
-            if (step == 1 && copying) tile.copy_x(stage + AHEAD, x);
+            if constexpr (sizeof(T) == 4) {  // two steps pass until loads have arrived
+                if (step == 0 && copying) tile.load_x(first, 0, stage + AHEAD, x);
+                if (step == 1 && copying) tile.load_x(second, 1, stage + AHEAD, x);
+                if (step == 2 && copying) tile.store_x(first, 0);
+                if (step == 3 && copying) tile.store_x(second, 1);
+            } else if (step == 0 && copying) {
+                tile.copy_pixels(stage + AHEAD, x);
+            }
+            if (step == 1 && copying) tile.copy_grad(stage + AHEAD, grad);
             if (step == 2) tile.make_table(stage + AHEAD + 1);
         }
         commit_copies();
-        tile.end_stage();
-        wait_products<STEPS>();
-    };
-    uint32_t even[STEPS][4], odd[STEPS][4];
-#pragma unroll 1
-    for (int stage = 0; stage < stages; stage += 2) {
-        run_stage(stage, even);
-        run_stage(stage + 1, odd);
+        tile.end_copies();
+        tile.end_products();
     }
     wait_products<0>();
     tile.store(partials + (long long)blockIdx.y * problem.out_channels * problem.taps * problem.channels);

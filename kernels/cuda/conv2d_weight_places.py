@@ -40,7 +40,7 @@ WARPGROUPS = 3
 THREADS = 128 * WARPGROUPS
 STAGES = 4  # of grad in shared memory, and of x beside what is copied ahead
 FOUR = 4  # places of float32 that lie in one chunk
-LAYOUT_THREADS = 256  # each four places of a channel
+PHASES = {2: (4,), 4: (1, 4)}  # that kernels for elements of so many bytes have at most
 
 LEAST_STAGES = 8  # of a slice: its first stages wait for memory
 MAXIMUM_PLACES = 1 << 30  # numbers of 32 bits, also of what is copied past the end
@@ -52,7 +52,7 @@ _PLACES = np.dtype(
         *((name, np.int32) for name in ("stride_y", "stride_x", "padding_y", "padding_x")),
         *((name, DIVISOR) for name in ("lines", "pitch")),
         *((name, np.int32) for name in ("places", "slice_places", "ring_places", "ahead_places")),
-        *((name, np.int32) for name in ("phase_places", "column_bytes", "laid_places")),
+        *((name, np.int32) for name in ("phase_places", "column_bytes")),
         *((name, np.int32) for name in ("phases", "groups")),
         *((name, np.int32, MOST_PHASES) for name in ("phase_rows", "phase_columns")),
         ("backs", np.int32, MOST_GROUPS),
@@ -64,9 +64,10 @@ _PLACES = np.dtype(
 )
 
 KERNELS = {
-    SOURCE: (
-        *(f"places_grad_weight<{element}>" for element in ("float16", "bfloat16", "float")),
-        "places_of_x",
+    SOURCE: tuple(
+        f"places_grad_weight<{element}, {phases}>"
+        for element, itemsize in (("float16", 2), ("bfloat16", 2), ("float", 4))
+        for phases in PHASES[itemsize]
     )
 }
 
@@ -75,15 +76,8 @@ def partial_sums(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
     """Give the gradient's sums of each slice, (slices, K, R * S, C); arrays are channels-last."""
     plan = plan_of(geometry, x.dtype.itemsize, device_limits())
     assert plan is not None
-    xp = array_module(x)
-    if plan.laid_shape is not None:
-        laid = xp.empty(plan.laid_shape, np.float32)
-        phases, across, fours, *_ = plan.laid_shape
-        grid = (-(-fours * CHANNELS // LAYOUT_THREADS), across, phases)
-        kernel(SOURCE, "places_of_x")(grid, (LAYOUT_THREADS,), (x, laid, plan.record))
-        x = laid
-    partials = xp.empty(plan.partials_shape, np.float32)
-    run = kernel(SOURCE, f"places_grad_weight<{c_name(grad.dtype)}>")
+    partials = array_module(x).empty(plan.partials_shape, np.float32)
+    run = kernel(SOURCE, f"places_grad_weight<{c_name(x.dtype)}, {plan.phases}>")
     grid = (plan.blocks, plan.partials_shape[0])
     run(grid, (THREADS,), (grad, x, partials, plan.record), plan.shared_bytes)
     return partials
@@ -92,16 +86,16 @@ def partial_sums(grad: Array, x: Array, geometry: Conv2dGeometry) -> Array:
 class Plan(NamedTuple):
     """How a geometry is launched."""
 
+    phases: int  # of the kernel
     blocks: int  # of a slice
     partials_shape: tuple[int, ...]
-    laid_shape: tuple[int, ...] | None  # of x laid out, None where it is read as it lies
     shared_bytes: int
     record: np.ndarray  # the struct Places, by value
 
 
 @lru_cache(CACHED_GEOMETRIES)
 def plan_of(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> Plan | None:
-    """Plan the kernels' launch, or give None where they do not suit."""
+    """Plan the kernel's launch, or give None where it does not suit."""
     taps = geometry.kernel_height * geometry.kernel_width
     if (
         limits.architecture != WARPGROUP_ARCHITECTURE
@@ -115,19 +109,16 @@ def plan_of(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> Plan | N
         len(row.phases) > MOST_PHASES
         or len(row.groups) > MOST_GROUPS
         or row.shared_bytes > limits.shared_bytes
-        or row.laid_places >= MAXIMUM_PLACES
+        or row.places + row.ring >= MAXIMUM_PLACES
     ):
         return None
     outputs, channels = geometry.out_channels, geometry.in_channels
-    channel_blocks = -(-channels // CHANNELS)
-    blocks = -(-outputs // ROWS) * channel_blocks * -(-len(row.groups) // WARPGROUPS)
+    across = -(-channels // CHANNELS) * -(-len(row.groups) // WARPGROUPS)
+    blocks = -(-outputs // ROWS) * across
     least = LEAST_STAGES * row.stage
-    share = slices.plan(row.places, row.unit, least, blocks, 1, outputs * taps * channels)
-    laid_shape = None
-    if row.is_float32:
-        laid_shape = (len(row.phases), channel_blocks, row.laid_places // FOUR, CHANNELS, FOUR)
+    share = slices.plan(row.places, row.stage, least, blocks, 1, outputs * taps * channels)
     shape = (share.slices, outputs, taps, channels)
-    return Plan(blocks, shape, laid_shape, row.shared_bytes, row.record(share.depth))
+    return Plan(row.kernel_phases, blocks, shape, row.shared_bytes, row.record(share.depth))
 
 
 class _Axis(NamedTuple):
@@ -178,7 +169,6 @@ class _Row:
         self.geometry = geometry
         self.is_float32 = itemsize == np.dtype(np.float32).itemsize
         self.stage = SLAB_BYTES // itemsize
-        self.unit = 2 * self.stage  # of a slice
         first = FOUR if self.is_float32 else 1  # x is read from each first place on
         down, across = _axes(geometry)
         self.lines, self.pitch = down.spacing, _rounded(across.spacing, first)
@@ -193,7 +183,8 @@ class _Row:
         # what is taken back has come to the last pixel then
         self.places = last_line * self.pitch + geometry.out_width + first - 1
         self.ahead = _rounded(max(tap.shift for tap in taps), self.stage)
-        self.laid_places = _rounded(self.places, self.unit) + self.ahead
+        # more than any kernel has are refused
+        self.kernel_phases = next((n for n in PHASES[itemsize] if n >= len(self.phases)), 0)
         self._lay_out_memory(itemsize)
 
     def _lay_out_memory(self, itemsize: int) -> None:
@@ -209,10 +200,10 @@ class _Row:
         grads = STAGES * entries * grad_pitch
         self.column_bytes = 0
         if not self.is_float32:
-            entries += MOST_PHASES * self.stage
             # columns are 16 bytes more than a multiple of 128 apart: one pixel's share no banks
             self.column_bytes = (len(self.phases) * self.phase_places + 1) * CHUNK_BYTES
             rings = CHANNELS // COLUMN * self.column_bytes
+        entries += self.kernel_phases * self.stage
         self.shared_bytes = grads + 2 * entries * np.dtype(np.int32).itemsize + rings
 
     def record(self, slice_places: int) -> np.ndarray:
@@ -226,7 +217,7 @@ class _Row:
         record["stride_y"], record["stride_x"] = geometry.stride
         record["padding_y"], record["padding_x"] = (before for before, _ in geometry.padding)
         record["lines"], record["pitch"] = divisor(self.lines), divisor(self.pitch)
-        for name in ("places", "phase_places", "column_bytes", "laid_places"):
+        for name in ("places", "phase_places", "column_bytes"):
             record[name] = getattr(self, name)
         record["ring_places"], record["ahead_places"] = self.ring, self.ahead
         record["slice_places"] = slice_places
