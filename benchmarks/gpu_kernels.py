@@ -15,7 +15,7 @@ from benchmarks.gpu_race import COUNT, Contestant, Row
 from benchmarks.gpu_steps import OPTIONS
 from gradengine import kernels
 from gradengine.kernels import settings
-from gradengine.kernels.cuda import conv2d, tuning
+from gradengine.kernels.cuda import conv2d, conv2d_weight, tuning
 from gradengine.kernels.cuda.launch import Limits, device_limits
 from gradengine.kernels.cuda.tiles import TensorTile
 from gradengine.kernels.geometry import conv2d_geometry
@@ -300,11 +300,11 @@ class _Convolution:
 
 
 def tile_rows(device: Device, sizes: Sizes) -> Iterator[Row]:
-    """Yield each pass of each convolution in every tile that the device can compute.
+    """Yield each pass of each convolution in every tile, or way, that the device can compute.
 
     To compile them takes longer than all else: `python -m gradengine compile` does it ahead.
     """
-    for case in _convolutions(device, sizes, ("forward", "gradient by input")):
+    for case in _convolutions(device, sizes, PASSES):
         yield Row(
             "tiles",
             case.name,
@@ -321,9 +321,13 @@ def _times_of_tiles(device: Device, case: _Convolution) -> dict[str, dict[str, f
     """Return the median of each tile, and of what the rule chooses, the shortest first."""
     run = case.ours()
     limits = device_limits() if device.name == "cuda" else REHEARSED
-    which = "forward" if case.which == "forward" else "gradient"
-    tiles = conv2d.possible_tiles(limits, conv2d.window_of(which, case.geometry, case.itemsize))
-    runs = {_tile_name(tile): _in_tile(run, tile) for tile in tiles}
+    if case.which == "gradient by weight":
+        ways = conv2d_weight.possible_ways(case.geometry, case.itemsize, limits)
+        runs = {_way_name(way): _imposed(run, way) for way in ways}
+    else:
+        which = "forward" if case.which == "forward" else "gradient"
+        tiles = conv2d.possible_tiles(limits, conv2d.window_of(which, case.geometry, case.itemsize))
+        runs = {_tile_name(tile): _imposed(run, tile) for tile in tiles}
     runs["by the rule"] = _timing(False, run)
     found = {name: _median(device, one) for name, one in runs.items()}
     return {name: {"median": found[name]} for name in sorted(found, key=found.__getitem__)}
@@ -335,12 +339,12 @@ def _median(device: Device, run: Run) -> float:
     return statistics.median(device.time(run, TILE_SAMPLES, 1, ahead).seconds)
 
 
-def _in_tile(run: Run, tile: TensorTile) -> Run:
-    def run_in_tile() -> Any:
-        with tuning.imposed(tile):
+def _imposed(run: Run, choice: TensorTile | conv2d_weight.Way) -> Run:
+    def run_so() -> Any:
+        with tuning.imposed(choice):
             return run()
 
-    return _timing(True, run_in_tile)
+    return _timing(True, run_so)
 
 
 def _timing(on: bool, run: Run) -> Run:
@@ -361,6 +365,14 @@ def _tile_name(tile: TensorTile) -> str:
     kind = " warpgroups" if conv2d.by_warpgroups(tile) else ""
     kind = " window" if tile in conv2d.WINDOW_TILES else kind
     return f"{tile.rows}x{tile.columns}{kind}"
+
+
+def _way_name(way: conv2d_weight.Way) -> str:
+    if isinstance(way, TensorTile):
+        return f"{way.rows}x{way.columns} gathered"
+    if way == conv2d_weight.PLACES:
+        return "places"
+    return "window warpgroups" if isinstance(way, conv2d_weight.WarpgroupTile) else "window"
 
 
 # ---- passes over memory --------------------------------------------------------------------------

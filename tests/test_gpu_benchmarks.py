@@ -481,10 +481,12 @@ def test_rows_of_tiles_run_emulated_in_each_tile(emulated_cuda, monkeypatch, tmp
     arguments = ("--only", "tiles", "--rows", "bf16.*1x1 stride 2, 64")
     results, log = rehearsed(tmp_path, *arguments)
     assert log == ""
-    assert len(results["rows"]) == 2
-    for row in results["rows"]:
+    *rows, by_weight = results["rows"]
+    assert len(rows) == 2
+    for row in rows:
         assert len(row["contestants"]) == 1 + len(conv2d.TILES)
         assert "256x64 warpgroups 1.00 ms" in gpu_report.line(row)
+    assert set(by_weight["contestants"]) == {"128x128 gathered", "64x64 gathered", "by the rule"}
     names = " ".join(name for _, source, name in launch._kernels if source == conv2d.SOURCE)
     for tile in conv2d.TILES:
         parameters = ", ".join(map(str, tile))

@@ -9,17 +9,9 @@
 //     p * stride = h + padding - r * dilation. The pixels of one residue of h + padding modulo stride are read by
 //     the same taps, every dilation / gcd(dilation, stride)-th window: each residue class is a part of its own.
 // Arrays are channels-last: pixels (N, H, W, channels), weights (K, R, S, C / groups).
+#include <indices.cuh>
 #include <tile.cuh>
 #include <window.cuh>
-
-// Division of 0 <= n < 2^31 by a divisor known at launch: n / divisor == n * multiplier >> shift.
-struct Divisor {
-    int divisor;
-    uint32_t multiplier;
-    int shift;
-};
-
-DEVICE int divide(int n, const Divisor& by) { return int((uint64_t(uint32_t(n)) * by.multiplier) >> by.shift); }
 
 // Target pixels that are read by the same taps. Offsets and steps are in elements.
 struct Part {

@@ -18,11 +18,13 @@ from gradengine.devices import array_module
 from gradengine.kernels import settings
 from gradengine.kernels.cuda import conv2d_plain, conv2d_weight, tuning
 from gradengine.kernels.cuda.launch import (
+    DIVISOR,
     Limits,
     address,
     by_value,
     c_name,
     device_limits,
+    divisor,
     kernel,
 )
 from gradengine.kernels.cuda.layout import channels_last
@@ -53,11 +55,10 @@ MERGED_BLOCKS = 64  # so many, and there are at most
 MAXIMUM_SLICES = 64
 TENSOR_CORE_ARCHITECTURE = 80
 
-_DIVISOR = np.dtype([("divisor", np.int32), ("multiplier", np.uint32), ("shift", np.int32)])
 _PART = np.dtype(
     [
         *((name, np.int32) for name in ("first_block", "pixels")),
-        *((name, _DIVISOR) for name in ("plane", "line")),
+        *((name, DIVISOR) for name in ("plane", "line")),
         *((name, np.int32) for name in ("taps_y", "taps_x", "origin_y", "origin_x")),
         *((name, np.int32) for name in ("advance_y", "advance_x", "advance_channels")),
         ("advance_panel", np.int32),
@@ -70,7 +71,7 @@ _PROBLEM = np.dtype(
         *((name, np.int32) for name in ("padded_channels", "scale_y", "scale_x")),
         *((name, np.int32) for name in ("step_y", "step_x", "target_plane", "target_line")),
         *((name, np.int32) for name in ("target_pixel", "target_channels", "columns")),
-        ("column_blocks", _DIVISOR),
+        ("column_blocks", DIVISOR),
         *((name, np.int32) for name in ("weight_depth", "weight_line")),
         *((name, np.int32) for name in ("weight_group", "weight_step_y", "weight_step_x")),
     ]
@@ -573,7 +574,7 @@ def _forward_plan(
     taps = geometry.kernel_height, geometry.kernel_width
     _fill_taps(part, taps, int(problem["channels"]), itemsize)
     column_blocks = -(-columns // tile.columns)
-    problem["column_blocks"] = _divisor(column_blocks)
+    problem["column_blocks"] = divisor(column_blocks)
     if tile in WINDOW_TILES:
         record = _windowed(problem, part, window, tile, itemsize)
     row_blocks = -(-int(record["part"]["pixels"]) // tile.rows)
@@ -663,7 +664,7 @@ def _grad_input_plan(
     tap = geometry.out_channels // geometry.groups if _relays(tile, itemsize) else columns
     down, across = _fill_gradient_problem(problem, geometry, itemsize, tap)
     column_blocks = -(-columns // tile.columns)
-    problem["column_blocks"] = _divisor(column_blocks)
+    problem["column_blocks"] = divisor(column_blocks)
     # the deepest first: shallow ones fill the gaps at the end
     parts = sorted(((y, x) for y in down for x in across), key=lambda p: -p[0].taps * p[1].taps)
     row_blocks = 0
@@ -734,7 +735,7 @@ def _fill_part(part: Any, shape: tuple[int, int, int]) -> None:
     """Set what a part's pixels, of this batch, height and width, are counted by."""
     batch, height, width = shape
     _fill(part, pixels=batch * height * width)
-    part["plane"], part["line"] = _divisor(height * width), _divisor(width)
+    part["plane"], part["line"] = divisor(height * width), divisor(width)
 
 
 def _fill_taps(part: Any, taps: Pair, channels: int, itemsize: int) -> None:
@@ -752,9 +753,3 @@ def _fill_taps(part: Any, taps: Pair, channels: int, itemsize: int) -> None:
         advance_panel=depth if by_panels else 0,
         slabs=-(-lines * of_a_line * channels // depth),
     )
-
-
-def _divisor(divisor: int) -> tuple[int, int, int]:
-    """Give (divisor, multiplier, shift): n // divisor == n * multiplier >> shift, n < 2 ** 31."""
-    shift = 31 + (divisor - 1).bit_length()
-    return divisor, -(-(1 << shift) // divisor), shift

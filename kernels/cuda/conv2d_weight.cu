@@ -9,6 +9,8 @@
 //   warpgroup_grad_weight  is the same by the tensor cores of warpgroups: 16-bit elements on sm_90a.
 //   gather_grad_weight     is an ordinary tiled product whose loader gathers the pixels of each tap: for pointwise
 //                          convolutions, groups, and few channels.
+//
+// conv2d_weight_places.cu has one more kernel, for float32 too by warpgroups.
 #include <pixels.cuh>
 #include <tile.cuh>
 

@@ -2,13 +2,14 @@
 
 Output pixels are the depth of this product, much larger than its result. Blocks share them in
 slices, of which there are as many as keep the device busy, and `slices` adds up what they found.
-What tensor cores do not suit is left to `conv2d_plain`.
+What tensor cores do not suit is left to `conv2d_plain`. Where the user lets ways be timed, that of
+`conv2d_weight_places` is one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels import settings
-from gradengine.kernels.cuda import conv2d_plain, slices
+from gradengine.kernels.cuda import conv2d_plain, conv2d_weight_places, slices, tuning
 from gradengine.kernels.cuda.launch import (
     Limits,
     address,
@@ -279,21 +280,30 @@ def grad_weight(
     """
     if not _suits(geometry, x.dtype):
         return conv2d_plain.grad_weight(grad, x, geometry, out_dtype)
-    xp = array_module(x)
     filled = _filled(geometry, x.dtype.itemsize)
     grad, x = _aligned(to_nhwc(grad)), _aligned(channels_last(x, filled.channels))
-    plan = _plan(filled.geometry, x.dtype.itemsize, device_limits())
-    outputs, channels, height, width = filled.geometry.weight_shape
-    partials = xp.empty(
-        (plan.slices, outputs * height, filled.taps, channels * width // filled.taps), np.float32
-    )
-    run = kernel(SOURCE, plan.name.format(c_name(x.dtype)))
-    grid = (plan.blocks, plan.slices)
-    run(grid, (plan.threads,), (grad, x, partials, plan.record), plan.shared_bytes)
     outputs, channels, height, width = geometry.weight_shape
-    out = xp.empty((outputs, height, width, channels), x.dtype if out_dtype is None else out_dtype)
-    slices.add_slices(partials, out.reshape(-1, width, channels), filled.first_tap)
+    out = array_module(x).empty(
+        (outputs, height, width, channels), x.dtype if out_dtype is None else out_dtype
+    )
+    launch = partial(_launch, grad, x, out, filled)
+    launch(_timed_way(geometry, x.dtype, out.dtype, launch))
     return from_nhwc(out)
+
+
+def _launch(grad: Array, x: Array, out: Array, filled: _Filled, way: Way | None) -> None:
+    """Write the gradient to out (K, R, S, C / groups), in a way or in that which the rule chooses."""
+    outputs, height, width, channels = out.shape
+    if way == PLACES:
+        partials = conv2d_weight_places.partial_sums(grad, x, filled.geometry)
+    else:
+        plan = _plan(filled.geometry, x.dtype.itemsize, device_limits(), way)
+        partials = array_module(x).empty((plan.slices, *filled.geometry.weight_shape), np.float32)
+        run = kernel(SOURCE, plan.name.format(c_name(x.dtype)))
+        grid = (plan.blocks, plan.slices)
+        run(grid, (plan.threads,), (grad, x, partials, plan.record), plan.shared_bytes)
+    lines = partials.reshape(len(partials), outputs * height, filled.taps, -1)
+    slices.add_slices(lines, out.reshape(-1, width, channels), filled.first_tap)
 
 
 def _aligned(array: Array) -> Array:
@@ -358,6 +368,35 @@ def _filled(geometry: Conv2dGeometry, itemsize: int) -> _Filled:
     return _Filled(geometry, channels, taps, 0)
 
 
+# ---- ways ---------------------------------------------------------------------------------------
+
+PLACES = "places"
+Way = TensorTile | WindowTile | WarpgroupTile | str  # gathered, windows of two kinds, or PLACES
+
+
+def _timed_way(
+    geometry: Conv2dGeometry, dtype: Any, out_dtype: Any, run: Callable[[Way], None]
+) -> Way | None:
+    """Return the way that took least, where the user lets them be timed, else None."""
+    if not settings.cuda.benchmark or settings.general.deterministic:
+        return None
+    ways = possible_ways(geometry, dtype.itemsize, device_limits())
+    return tuning.fastest(("weight", geometry, dtype.name, out_dtype.name), ways, run)
+
+
+@lru_cache(CACHED_GEOMETRIES)
+def possible_ways(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> tuple[Way, ...]:
+    """Return the ways to compute what suits tensor cores."""
+    geometry = _filled(geometry, itemsize).geometry
+    ways: list[Way] = [tile for tile in GATHER_TILES if tile.shared_bytes <= limits.shared_bytes]
+    if _has_windows(geometry):
+        tiles = _window_tiles(geometry, itemsize, limits)
+        ways += [tile for tile in tiles if any(_windows(tile, geometry, itemsize, limits))]
+    if conv2d_weight_places.plan_of(geometry, itemsize, limits) is not None:
+        ways.append(PLACES)
+    return tuple(ways)
+
+
 # ---- plans --------------------------------------------------------------------------------------
 
 
@@ -373,8 +412,13 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(CACHED_GEOMETRIES)
-def _plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Plan:
-    """Choose what takes a multiprocessor least time, if it had to do everything."""
+def _plan(geometry: Conv2dGeometry, itemsize: int, limits: Limits, way: Way | None = None) -> _Plan:
+    """Plan a way; None is what takes a multiprocessor least time, if it had to do everything."""
+    if isinstance(way, TensorTile):
+        return _gather_plan(way, geometry)
+    if isinstance(way, WindowTile | WarpgroupTile):
+        windows = _windows(way, geometry, itemsize, limits)
+        return _window_plan(min(windows, key=lambda window: window.time), geometry)
     tile = min(
         (tile for tile in GATHER_TILES if tile.shared_bytes <= limits.shared_bytes),
         key=lambda tile: _gather_time(tile, geometry, itemsize),
@@ -417,8 +461,7 @@ class _Window(NamedTuple):
 
 def _window(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Window | None:
     """Choose patches, or none where the kernels do not suit."""
-    taps = geometry.kernel_height * geometry.kernel_width
-    if geometry.groups > 1 or taps == 1:
+    if not _has_windows(geometry):
         return None
     windows = (
         window
@@ -426,6 +469,10 @@ def _window(geometry: Conv2dGeometry, itemsize: int, limits: Limits) -> _Window 
         for window in _windows(tile, geometry, itemsize, limits)
     )
     return min(windows, key=lambda window: window.time, default=None)
+
+
+def _has_windows(geometry: Conv2dGeometry) -> bool:
+    return geometry.groups == 1 and geometry.kernel_height * geometry.kernel_width > 1
 
 
 def _window_tiles(

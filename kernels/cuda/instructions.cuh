@@ -207,6 +207,13 @@ DEVICE uint64_t warpgroup_operand_of_columns(const void* first, int column_bytes
     return uint64_t(column_bytes >> 4) << 32 | eight_depths << 16 | (shared_address(first) & 0x3ffffu) >> 4;
 }
 
+// Lines contiguous along the depth, but not in rows of 128 bytes: a block of 128 bytes is 8 lines, it holds 16 bytes of
+// each one's depth. Blocks of the next depths lie depth_bytes on, those of the next lines line_bytes; both, and the
+// address, are multiples of 16.
+DEVICE uint64_t warpgroup_operand_of_blocks(const void* first, int depth_bytes, int line_bytes) {
+    return uint64_t(line_bytes >> 4) << 32 | uint64_t(depth_bytes >> 4) << 16 | (shared_address(first) & 0x3ffffu) >> 4;
+}
+
 // What this thread has written to shared memory (or copied, and waited for) can be read by products that are
 // issued after the next barrier.
 DEVICE void show_to_products() {
@@ -289,7 +296,8 @@ DEVICE void warpgroup_multiply_bfloat16(float (&d)[BLOCKS][4], uint64_t a, uint6
 #endif
 }
 
-// Float32 elements, of which the low 13 bits are dropped; a in registers, as multiply_tf32's a of a warp's rows.
+// Float32 elements, of which the low 13 bits are dropped; a in registers, as multiply_tf32's a of a warp's rows, b in
+// rows or blocks.
 template <int BLOCKS>
 DEVICE void warpgroup_multiply_tf32(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b) {
     static_assert(BLOCKS == 8 || BLOCKS == 16);

@@ -17,6 +17,9 @@ from gradengine.kernels.layout import Array
 HELD_CYCLES = 1_000_000  # about half a millisecond, in which the host launches what is timed
 _C_NAMES = {"float32": "float", "float64": "double"}
 
+# struct Divisor of indices.cuh
+DIVISOR = np.dtype([("divisor", np.int32), ("multiplier", np.uint32), ("shift", np.int32)])
+
 
 class Limits(NamedTuple):
     """What a launch has to know of a device."""
@@ -154,6 +157,12 @@ def by_value(record: np.ndarray) -> np.ndarray:
     where it tells of dozens of fields.
     """
     return record.view(f"V{record.itemsize}")
+
+
+def divisor(number: int) -> tuple[int, int, int]:
+    """Return (number, multiplier, shift): n // number == n * multiplier >> shift, n < 2 ** 31."""
+    shift = 31 + (number - 1).bit_length()
+    return number, -(-(1 << shift) // number), shift
 
 
 @cache  # NumPy makes up a dtype's name anew whenever it is asked

@@ -34,6 +34,10 @@ template <> struct TensorCore<float> {
     static DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
         multiply_tf32(d, a, b);
     }
+    template <int BLOCKS>
+    static DEVICE void multiply_columns(float (&d)[BLOCKS][4], const uint32_t (&a)[4], uint64_t b) {
+        warpgroup_multiply_tf32(d, a, b);
+    }
 };
 
 template <> struct TensorCore<float16> {

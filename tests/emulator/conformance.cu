@@ -168,6 +168,31 @@ multiply_columns_by_warpgroup(const uint32_t* a_registers, const uint32_t* b_col
     for (int i = 0; i < SUMS; ++i) d_of[SUMS * threadIdx.x + i] = d[i / 4][i % 4];
 }
 
+// One product of a warpgroup: a_registers (128, 4); b in blocks of 8 lines x 16 bytes in `words` words of memory, from
+// byte `first` on, of which the next depths lie depth_bytes on, the next lines line_bytes; d (128, BLOCKS, 4).
+template <int BLOCKS>
+__global__ void __launch_bounds__(128)
+multiply_blocks_by_warpgroup(const uint32_t* a_registers, const uint32_t* b_blocks, float* d_of, int words, int first,
+                             int depth_bytes, int line_bytes) {
+    constexpr int SUMS = BLOCKS * 4;  // of a thread
+    uint32_t* const memory = dynamic_shared_memory<uint32_t>();
+    for (int word = threadIdx.x; word < words; word += blockDim.x) memory[word] = b_blocks[word];
+    uint32_t a[4];
+    float d[BLOCKS][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = a_registers[4 * threadIdx.x + i];
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) d[i / 4][i % 4] = d_of[SUMS * threadIdx.x + i];
+    show_to_products();
+    __syncthreads();
+    begin_products();
+    warpgroup_multiply_tf32(d, a, warpgroup_operand_of_blocks(memory + first / 4, depth_bytes, line_bytes));
+    commit_products();
+    wait_products<0>();
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) d_of[SUMS * threadIdx.x + i] = d[i / 4][i % 4];
+}
+
 // y (8, 32): what shuffles by `by` within segments of WIDTH lanes give, and votes of the lanes of mask.
 template <int WIDTH>
 __global__ void warp_words(const float* x, float* y, int by, unsigned mask) {

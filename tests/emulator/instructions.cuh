@@ -76,6 +76,10 @@ DEVICE uint64_t warpgroup_operand_of_columns(const void* first, int column_bytes
     return uint64_t(column_bytes >> 4) << 32 | 8ull << 16 | shared_address(first) >> 4;
 }
 
+DEVICE uint64_t warpgroup_operand_of_blocks(const void* first, int depth_bytes, int line_bytes) {
+    return uint64_t(line_bytes >> 4) << 32 | uint64_t(depth_bytes >> 4) << 16 | shared_address(first) >> 4;
+}
+
 DEVICE void show_to_products() { emulator::show_to_products(); }
 
 DEVICE void begin_products() {}

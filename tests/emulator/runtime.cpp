@@ -454,6 +454,9 @@ const unsigned char* operand_element(uint64_t operand, int line, int depth, int 
         return operand_byte(operand, line / lines * along + line % lines * bytes,
                             depth / 8 * eight_rows + depth % 8 * 128);
     }
+    if (!is_swizzled(operand))  // blocks of 8 lines x 16 bytes
+        return operand_byte(operand, line / 8 * eight_rows + line % 8 * 16,
+                            depth * bytes / 16 * along + depth * bytes % 16);
     return operand_byte(operand, line / 8 * eight_rows + line % 8 * 128, depth * bytes);
 }
 
@@ -507,7 +510,10 @@ void run_product(const GroupProduct& product) {
 void watch_operand(uint64_t operand, int lines, bool panels, const void* caller) {
     const int across = panels ? lines / 8 : lines, along = panels ? 16 : 2, bytes = panels ? 2 : 16;
     for (int chunk = current->rank % GROUP_THREADS; chunk < across * along; chunk += GROUP_THREADS)
-        watch_row(operand_element(operand, chunk / along * (panels ? 8 : 1), chunk % along, bytes, panels), caller);
+        // eight at a time are one read: of eight neighbours along the depth of panels, else of eight lines
+        watch_row(panels ? operand_element(operand, chunk / along * 8, chunk % along, bytes, panels)
+                         : operand_element(operand, chunk % across, chunk / across, bytes, panels),
+                  caller);
 }
 
 // ---- faults -------------------------------------------------------------------------------------------

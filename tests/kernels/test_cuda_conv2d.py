@@ -427,7 +427,7 @@ def test_weights_rounded_to_tf32_by_warpgroups_are_nearly_the_nearest(cuda_place
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 12321, 2**20 + 1, 2**31 - 1])
 def test_division_by_multiplication(divisor):
-    _, multiplier, shift = conv2d._divisor(divisor)
+    _, multiplier, shift = launch.divisor(divisor)
     assert multiplier < 2**32
     for quotient in {1, (2**31 - 1) // divisor // 2, (2**31 - 1) // divisor} - {0}:
         for n in (quotient * divisor - 1, quotient * divisor):

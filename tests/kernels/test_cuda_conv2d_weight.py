@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gradengine.kernels import settings
-from gradengine.kernels.cuda import conv2d_weight, launch, slices
+from gradengine.kernels.cuda import conv2d_weight, conv2d_weight_places, launch, slices, tuning
 from gradengine.kernels.cuda.tiles import WARPGROUP_ARCHITECTURE
 from gradengine.kernels.geometry import conv2d_geometry
 from tests.emulator.fixtures import assert_schedule_free
@@ -54,16 +54,19 @@ PLAIN = {
 
 @pytest.fixture(autouse=True)
 def _plans_are_made_anew():
-    conv2d_weight._plan.cache_clear()
+    made = conv2d_weight._plan, conv2d_weight.possible_ways, conv2d_weight_places.plan_of
+    for cached in made:
+        cached.cache_clear()
     yield
-    conv2d_weight._plan.cache_clear()
+    for cached in made:
+        cached.cache_clear()
 
 
 # Kernels, and the dtypes that they take.
-WAYS = {"window": DTYPES, "warpgroup": [FLOAT16, BFLOAT16], "gather": DTYPES}
+WAYS = {"window": DTYPES, "warpgroup": [FLOAT16, BFLOAT16], "gather": DTYPES, "places": DTYPES}
 
 
-def each_way(*dtypes, ways=tuple(WAYS)):
+def each_way(*dtypes, ways=("window", "warpgroup", "gather")):
     """Parametrize by way and dtype."""
     pairs = [(way, dtype) for way in ways for dtype in dtypes if dtype in WAYS[way]]
     return pytest.mark.parametrize(
@@ -74,7 +77,12 @@ def each_way(*dtypes, ways=tuple(WAYS)):
 @pytest.fixture
 def way(request, monkeypatch):
     """Compute by one of the kernels."""
-    return chosen(request.param, monkeypatch)
+    if request.param != "places":
+        yield chosen(request.param, monkeypatch)
+        return
+    monkeypatch.setattr(settings.cuda, "benchmark", True)
+    with tuning.imposed(conv2d_weight.PLACES):
+        yield request.param
 
 
 def chosen(way, monkeypatch):
@@ -282,6 +290,109 @@ def test_windows_share_no_banks_and_race_nowhere(case, dtype, way, emulated_cuda
     assert all(a.pieces == a.least for a in reads)
 
 
+# ---- places ----------------------------------------------------------------------------------------
+
+PLACED = {
+    "square": CASES["square"],
+    "several_blocks": CASES["several_blocks"],
+    "stride": CASES["stride"],
+    "stride_of_rows": ((2, 24, 9, 8), (8, 24, 3, 3), (2, 1), 1, 1, 1),
+    "stride_skips_pixels": ((1, 16, 9, 11), (8, 16, 2, 2), (1, 3), 0, 1, 1),
+    "dilation": CASES["dilation"],
+    "even_dilation_and_stride": ((2, 16, 11, 10), (8, 16, 3, 3), 2, 2, 2, 1),
+    "one_sided_padding": CASES["one_sided_padding"],
+    "much_padding": ((2, 16, 4, 3), (8, 16, 3, 3), 1, 4, 1, 1),
+    "much_padding_and_stride": ((2, 16, 4, 3), (8, 16, 3, 3), 2, 5, 1, 1),
+    "no_padding": ((3, 16, 6, 7), (8, 16, 2, 3), 1, 0, 1, 1),
+    "more_taps_than_a_block": CASES["more_taps_than_a_block"],
+    "wide_rows": ((1, 12, 4, 9), (16, 12, 1, 9), 1, (0, 4), 1, 1),
+    "filled_channels": CASES["filled_channels"],
+    "ragged_columns": ((2, 68, 5, 6), (136, 68, 3, 3), 1, 1, 1, 1),
+    "small_images": ((9, 32, 7, 7), (32, 32, 3, 3), 1, 1, 1, 1),
+    "ring_wraps": ((2, 16, 60, 30), (16, 16, 3, 3), 1, 1, 1, 1),
+    "rings_wrap": ((2, 16, 61, 58), (16, 16, 3, 3), 2, 1, 1, 1),
+}
+by_places = each_way(*DTYPES, ways=("places",))
+
+
+def is_only_places():
+    return kinds() == {"places"}
+
+
+@by_places
+@pytest.mark.parametrize("case", PLACED)
+def test_sums_by_places(case, dtype, way, emulated_cuda, rng):
+    check(*drawn(PLACED[case], rng, dtype))
+    assert is_only_places()
+
+
+@by_places
+@pytest.mark.parametrize("case", ["square", "small_images", "rings_wrap"])
+def test_places_in_slices(case, dtype, way, emulated_cuda, rng, monkeypatch):
+    """Of two stages each, so that pixels are copied ahead of each."""
+    plans = []
+
+    def plan(depth, unit, *_):
+        plans.append(slices.Plan(-(-depth // unit), unit))
+        return plans[-1]
+
+    monkeypatch.setattr(slices, "plan", plan)
+    check(*drawn(PLACED[case], rng, dtype))
+    assert plans[0].slices > 1
+    assert is_only_places()
+
+
+@by_places
+@pytest.mark.parametrize("case", ["square", "stride", "small_images", "rings_wrap", "dilation"])
+def test_every_schedule_gives_equal_bits_by_places(case, dtype, way, emulated_cuda, rng):
+    arguments = drawn(PLACED[case], rng, dtype)
+    assert_schedule_free(emulated_cuda, lambda: check(*arguments))
+
+
+@by_places
+@pytest.mark.parametrize("case", ["square", "stride"])
+def test_places_share_no_banks_and_race_nowhere(case, dtype, way, emulated_cuda, rng):
+    emulated_cuda.watched = True
+    emulated_cuda.statistics()
+    emulated_cuda.accesses()  # both count anew
+    check(*drawn(PLACED[case], rng, dtype))
+    found = [a for a in emulated_cuda.accesses() if a.kernel == "conv2d_weight_places"]
+    shared = [a for a in found if a.memory == "shared"]
+    assert {a.kind for a in shared} == {"read", "write", "copy"}
+    assert all(a.pieces == a.least for a in shared)
+    assert emulated_cuda.statistics()["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("case", ["few_channels", "pointwise", "groups", "large_stride"])
+def test_what_has_no_places(case, emulated_cuda, rng):
+    geometry, *_ = drawn(case, rng)
+    ways = conv2d_weight.possible_ways(geometry, 4, launch.device_limits())
+    assert conv2d_weight.PLACES not in ways
+
+
+def test_the_fastest_way_serves(emulated_cuda, rng, monkeypatch):
+    """All ways of a shape are timed, with the same result; where nothing is timed, a rule chooses."""
+    timed = []
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(
+        tuning, "_seconds", lambda run, way: (run(way), timed.append(way), -len(timed))[2]
+    )
+    arguments = drawn("square", rng, BFLOAT16)
+    check(*arguments)
+    assert not timed
+    monkeypatch.setattr(settings.cuda, "benchmark", True)
+    check(*arguments)
+    tiles = conv2d_weight.WINDOW_TILES[0], conv2d_weight.WARPGROUP_TILES[0]
+    assert timed == [*conv2d_weight.GATHER_TILES, *tiles, conv2d_weight.PLACES]
+    launch.forget_kernels()
+    check(*arguments)
+    assert is_only_places()
+    launch.forget_kernels()
+    monkeypatch.setattr(settings.general, "deterministic", True)
+    check(*arguments)
+    assert kinds() == {"warpgroup"}
+
+
 RESNET18 = {
     "stem": (3, 64, 224, 7, 2, 3),
     "layer1": (64, 64, 56, 3, 1, 1),
@@ -340,3 +451,15 @@ def test_each_way_on_a_gpu(case, dtype, way, rng):
     if way == "warpgroup" and launch.device_limits().architecture != WARPGROUP_ARCHITECTURE:
         pytest.skip("only on sm_90a")
     check(*drawn(case, rng, dtype), place=Place("cupy"))
+
+
+@pytest.mark.gpu
+@by_places
+@pytest.mark.parametrize("case", [*PLACED, "layer1", "layer2", "layer3", "layer4"])
+def test_places_on_a_gpu(case, dtype, way, rng):
+    if launch.device_limits().architecture != WARPGROUP_ARCHITECTURE:
+        pytest.skip("only on sm_90a")
+    arguments = drawn(PLACED.get(case) or LARGE[case], rng, dtype)
+    got = check(*arguments, place=Place("cupy"))
+    assert "places" in kinds()
+    np.testing.assert_array_equal(check(*arguments, place=Place("cupy")), got)

@@ -402,6 +402,39 @@ def test_products_of_columns(blocks, first, pitch, kind, machine, rng):
     assert (np.abs(found - (d + a_means @ part)[places]) <= sizes[places] * 2.0**-21).all()
 
 
+# The blocks of a column follow one another, with a gap or without; or those of a depth do.
+BLOCK_STEPS = {"columns": (128, 256), "columns with gaps": (128, 272), "depths": (2048, 128)}
+
+
+@pytest.mark.parametrize("steps", BLOCK_STEPS)
+@pytest.mark.parametrize("first", [0, 16, 128, 1040])
+@pytest.mark.parametrize("blocks", [8, 16])
+def test_products_of_blocks(blocks, first, steps, machine, rng):
+    """A block is 8 lines of 16 bytes; two along the depth are multiplied."""
+    if machine.is_gpu and device_limits().architecture != 90:
+        pytest.skip("only on sm_90a")
+    depth_bytes, line_bytes = BLOCK_STEPS[steps]
+    shapes = (64, 8), (8, 8 * blocks), (64, 8 * blocks)
+    a, b, d = (rng.standard_normal(shape).astype("f4") for shape in shapes)
+    (a_bits, a_means), (b_bits, b_means) = to_bits("TF32", a), to_bits("TF32", b)
+    k, line = np.indices(b.shape)
+    at = first + k // 4 * depth_bytes + line // 8 * line_bytes + line % 8 * 16 + k % 4 * 4
+    memory = np.full(at.max() // 4 + 1, np.nan, np.float32)
+    memory[at // 4] = b_bits
+    fragments, _ = tf32_fragments(a_bits.reshape(4, 16, 8), np.zeros((4, 8, 8), "f4"))
+    places = group_d_places(8 * blocks)
+    found = np.ascontiguousarray(d[places])
+    machine(
+        f"multiply_blocks_by_warpgroup<{blocks}>",
+        *(np.ascontiguousarray(fragments), memory.view(np.uint32), found),
+        *(np.int32(number) for number in (memory.size, first, depth_bytes, line_bytes)),
+        block=128,
+        shared_bytes=memory.nbytes,
+    )
+    exact, sizes = d + a_means @ b_means, np.abs(d) + np.abs(a_means) @ np.abs(b_means)
+    assert (np.abs(found - exact[places]) <= sizes[places] * 2.0**-21).all()
+
+
 # ---- words of CUDA C++ --------------------------------------------------------------------------
 
 
