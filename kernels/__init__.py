@@ -40,6 +40,7 @@ class PackedConv2d(NamedTuple):
 
 # Elements from which on an elementwise pass is worth the launch of a kernel.
 PARALLEL_SIZE = 1 << 16
+ROW_SIZE = 1 << 12  # and those from which on a kernel is worth several passes along rows
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -598,8 +599,8 @@ def has_kernels(array: Array) -> bool:
 
 
 def has_row_kernels(array: Array) -> bool:
-    """Whether kernels that go along rows take it: on the CPU, and only there."""
-    return place(array) == "cpu" and has_kernels(array)
+    """Whether kernels that go along rows take it and are worth it: on the CPU, and only there."""
+    return place(array) == "cpu" and array.size >= ROW_SIZE and has_kernels(array)
 
 
 @cache  # NumPy makes up a dtype's name anew whenever it is asked

@@ -225,13 +225,14 @@ def _below_maximum(x: Any, dim: int) -> Any:
 
 
 def _has_kernel(x: Any, dim: int) -> bool:
-    """Whether an array's rows along `dim` lie together in memory, enough of them for a kernel."""
-    long = x.size >= kernels.PARALLEL_SIZE and kernels.has_row_kernels(x)
-    return long and x.strides[dim] == x.itemsize
+    """Whether kernels go along `dim` of an array: along rows that lie together in memory."""
+    return kernels.has_row_kernels(x) and x.strides[dim] == x.itemsize
 
 
 def _along_rows(kernel: Any, dim: int, *arrays: Any) -> Any:
     """Give what a kernel of rows makes of arrays whose rows lie along `dim`."""
+    if dim == arrays[0].ndim - 1:
+        return kernel(*arrays)
     return np.moveaxis(kernel(*(np.moveaxis(x, dim, -1) for x in arrays)), -1, dim)
 
 

@@ -385,7 +385,7 @@ def _standardize_grad(grad: Any, normal: Any, inv_std: Any, axes: tuple[int, ...
 
 @operation(label="NativeLayerNormBackward0", keeps=("mean", "inv_std"))
 def _layer_norm(x, weight, bias, *, axes, eps):
-    if _has_row_kernel(x):
+    if kernels.has_row_kernels(x):
         out, *kept = kernels.layer_norm(_as_rows(x, axes), _flat(weight), _flat(bias), eps)
         shape = (*x.shape[: axes[0]], *(1,) * len(axes))
         return out.reshape(x.shape), *(vector.reshape(shape) for vector in kept)
@@ -420,7 +420,7 @@ def _layer_norm_grad(
 ) -> Any:
     """Return the gradients by x, weight and bias."""
     shape = x.shape[axes[0] :]
-    if not isinstance(grad, Variable) and _has_row_kernel(x):
+    if not isinstance(grad, Variable) and kernels.has_row_kernels(x):
         vectors = _flat(weight), _flat(mean), _flat(inv_std)
         grads = kernels.layer_norm_grad(_as_rows(grad, axes), _as_rows(x, axes), *vectors)
         return grads[0].reshape(x.shape), *(vector.reshape(shape) for vector in grads[1:])
@@ -434,11 +434,6 @@ def _layer_norm_grad(
     if wanted[2]:
         by_bias = sum_to_shape(grad, shape=shape)
     return by_x, by_weight, by_bias
-
-
-def _has_row_kernel(x: Any) -> bool:
-    """Whether an array is long enough for a kernel of rows."""
-    return x.size >= kernels.PARALLEL_SIZE and kernels.has_row_kernels(x)
 
 
 def _as_rows(x: Any, axes: tuple[int, ...]) -> Any:

@@ -13,6 +13,8 @@ from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.cpu.vector_math import exponential
 from gradengine.kernels.layout import Array
 
+TOGETHER = 2048  # elements of short rows whose powers are one loop
+
 
 def softmax(x: Array) -> Array:
     return _of_rows(_softmax, x)
@@ -38,32 +40,58 @@ def _of_rows(kernel: Any, *arrays: Array) -> Array:
 
 
 @kernel_part
-def powers(values, out):
-    """Fill out with exp(values - their maximum), give that maximum and the sum of the powers."""
-    peak = largest(values)
+def rows_together(x):
+    """Give how many of the rows of x (rows, n) stay in cache and make a vector of some length."""
+    return max(1, TOGETHER // max(x.shape[1], 1))
+
+
+@kernel_part
+def powers(x, peaks, below, out):
+    """Fill peaks (rows,) with the rows' maxima, below (rows, n) with x - peaks, out with its exp."""
+    for row in range(len(x)):
+        values, differences = x[row], below[row]
+        peak = largest(values)
+        peaks[row] = peak
+        for i in range(len(values)):
+            differences[i] = values[i] - peak
+    exponentials(below, out)
+
+
+@kernel_part
+def exponentials(x, out):
+    values, made = x.reshape(x.size), out.reshape(out.size)
     for i in range(len(values)):
-        out[i] = exponential(values[i] - peak)
-    return peak, sum_of(out)
+        made[i] = exponential(values[i])
 
 
 @parallel_kernel
 def _softmax(worker, workers, x, out):
-    for row in own_range(worker, workers, len(x)):
-        made = out[row]
-        _, total = powers(x[row], made)
-        share = x.dtype.type(np.divide(1.0, total))
-        for i in range(len(made)):
-            made[i] *= share
+    together = rows_together(x)
+    peaks, below = np.empty(together, x.dtype), np.empty((together, x.shape[1]), x.dtype)
+    for piece in own_range(worker, workers, (len(x) + together - 1) // together):
+        first = piece * together
+        given, made = x[first : first + together], out[first : first + together]
+        powers(given, peaks, below[: len(given)], made)
+        for row in range(len(made)):
+            shares = made[row]
+            share = x.dtype.type(np.divide(1.0, sum_of(shares)))
+            for i in range(len(shares)):
+                shares[i] *= share
 
 
 @parallel_kernel
 def _log_softmax(worker, workers, x, out):
-    for row in own_range(worker, workers, len(x)):
-        values, made = x[row], out[row]
-        peak, total = powers(values, made)
-        log_total = x.dtype.type(np.log(total))
-        for i in range(len(made)):
-            made[i] = values[i] - peak - log_total
+    together = rows_together(x)
+    peaks, made = np.empty(together, x.dtype), np.empty((together, x.shape[1]), x.dtype)
+    for piece in own_range(worker, workers, (len(x) + together - 1) // together):
+        first = piece * together
+        given, below = x[first : first + together], out[first : first + together]
+        powers(given, peaks, below, made[: len(given)])
+        for row in range(len(below)):
+            logs = below[row]
+            log_total = x.dtype.type(np.log(sum_of(made[row])))
+            for i in range(len(logs)):
+                logs[i] -= log_total
 
 
 @parallel_kernel
@@ -77,8 +105,13 @@ def _softmax_grad(worker, workers, grad, out, by_x):
 
 @parallel_kernel
 def _log_softmax_grad(worker, workers, grad, out, by_x):
-    for row in own_range(worker, workers, len(out)):
-        grads, logs, made = grad[row], out[row], by_x[row]
-        total = grad.dtype.type(sum_of(grads))
-        for i in range(len(made)):
-            made[i] = grads[i] - exponential(logs[i]) * total
+    together = rows_together(out)
+    for piece in own_range(worker, workers, (len(out) + together - 1) // together):
+        first = piece * together
+        made = by_x[first : first + together]
+        exponentials(out[first : first + together], made)
+        for row in range(len(made)):
+            grads, shares = grad[first + row], made[row]
+            total = grad.dtype.type(sum_of(grads))
+            for i in range(len(grads)):
+                shares[i] = grads[i] - shares[i] * total

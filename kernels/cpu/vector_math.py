@@ -1,4 +1,4 @@
-"""Functions for compiled code: of float32 in vectors, which calls of the C library are not."""
+"""Functions for compiled code, in vectors, which calls of the C library are not."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ def _exponential(x):
     return _exponential32 if x == float32 else _exponential64
 
 
+# exp(x) = 2^n * exp(r) with |r| <= log(2) / 2, exp(r) as in Cephes. Added to what has no digits left
+# for fractions, x / log(2) is rounded to n, which then is that sum's lowest bits.
+
+
 def _exponential32(x):
-    # exp(x) = 2^n * exp(r) with |r| <= log(2) / 2, exp(r) by its minimax polynomial (as in Cephes)
     lowest, highest = np.float32(-87.33654), np.float32(88.02969)  # for 2^n to be a normal number
-    clipped = x if x < highest else highest
-    n = np.floor(clipped * np.float32(1.44269504088896341) + np.float32(0.5))
+    clipped = highest if x > highest else x
+    rounded = clipped * np.float32(1.44269504088896341) + np.float32(1.5 * 2**23)
+    n = rounded - np.float32(1.5 * 2**23)
     r = clipped - n * np.float32(0.693359375)
     r = r - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
@@ -38,17 +42,17 @@ def _exponential32(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * (r * r) + r + np.float32(1)
-    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    value = p * power
-    value = np.float32(0) if x < lowest else value
-    return value if x == x else x
+    power = np.int32((np.float32(rounded).view(np.int32) + np.int32(127)) << np.int32(23)).view(
+        np.float32
+    )
+    return np.float32(0) if x < lowest else p * power
 
 
 def _exponential64(x):
-    # as above, but exp(r) by a quotient: 1 + 2 * p / (q - p)
-    lowest, highest = -708.3964185322641, 709.43613930310391
-    clipped = x if x < highest else highest
-    n = np.floor(clipped * 1.4426950408889634 + 0.5)
+    lowest, highest = -708.3964185322641, 709.4361393031039
+    clipped = highest if x > highest else x
+    rounded = clipped * 1.4426950408889634 + 1.5 * 2**52
+    n = rounded - 1.5 * 2**52
     r = clipped - n * 6.93145751953125e-1
     r = r - n * 1.42860682030941723212e-6
     square = r * r
@@ -59,10 +63,10 @@ def _exponential64(x):
     q = q * square + 2.52448340349684104192e-3
     q = q * square + 2.27265548208155028766e-1
     q = q * square + 2.00000000000000000009
-    power = np.int64((np.int64(np.int32(n)) + np.int64(1023)) << np.int64(52)).view(np.float64)
-    value = (1.0 + 2.0 * np.divide(p, q - p)) * power
-    value = 0.0 if x < lowest else value
-    return value if x == x else x
+    power = np.int64((np.float64(rounded).view(np.int64) + np.int64(1023)) << np.int64(52)).view(
+        np.float64
+    )
+    return 0.0 if x < lowest else (1.0 + np.divide(p, q - p) * 2.0) * power
 
 
 # erf, in float32 only: near 0 by a polynomial, further out as 1 - exp of one (N. Juffa's minimax
