@@ -7,7 +7,7 @@ import numpy as np
 from gradengine.kernels.cpu.launch import kernel_part, own_range, parallel_kernel, summing_part
 from gradengine.kernels.cpu.layout import kernel_rows
 from gradengine.kernels.cpu.normalization import BLOCK_ROWS, MOST_PARTS, as_vector
-from gradengine.kernels.cpu.reductions import sum_of, sum_of_squares
+from gradengine.kernels.cpu.reductions import TERMS, sum_of, sum_of_squares
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
 
@@ -72,9 +72,9 @@ def _grad(worker, workers, grad, x, weight, mean, inv_std, by_x, parts):
 def _row_grad(grad, x, weight, mean, inv_std, by_x, sums):
     """Fill by_x with inv_std * (g - mean(g) - x_hat * mean(g * x_hat)), of g = grad * weight."""
     by_weight, by_bias = sums[0], sums[1]
-    total, along = _grad_sums(grad, x, weight, mean, inv_std)
+    total, along = _grad_sums(grad, x, weight, mean)
     mean_grad = x.dtype.type(np.divide(total, len(x)))
-    mean_along = x.dtype.type(np.divide(along, len(x)))
+    mean_along = x.dtype.type(np.divide(along * inv_std, len(x)))
     for i in range(len(x)):
         normal = (x[i] - mean) * inv_std
         by_x[i] = inv_std * (grad[i] * weight[i] - mean_grad - normal * mean_along)
@@ -83,11 +83,17 @@ def _row_grad(grad, x, weight, mean, inv_std, by_x, sums):
 
 
 @summing_part
-def _grad_sums(grad, x, weight, mean, inv_std):
-    """Sum grad * weight, and its product with the normalized x."""
+def _grad_sums(grad, x, weight, mean):
+    """Sum g = grad * weight, and g * (x - mean)."""
     total, along = 0.0, 0.0
-    for i in range(len(x)):
-        weighted = grad[i] * weight[i]
-        total += weighted
-        along += weighted * ((x[i] - mean) * inv_std)
+    for start in range(0, len(x), TERMS):
+        stop = start + TERMS
+        grads, values, scales = grad[start:stop], x[start:stop], weight[start:stop]
+        part, part_along = x.dtype.type(0), x.dtype.type(0)
+        for i in range(len(values)):
+            weighted = grads[i] * scales[i]
+            part += weighted
+            part_along += weighted * (values[i] - mean)
+        total += part
+        along += part_along
     return total, along
