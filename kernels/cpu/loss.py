@@ -7,8 +7,7 @@ import numpy as np
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.layout import kernel_rows
 from gradengine.kernels.cpu.normalization import as_vector
-from gradengine.kernels.cpu.reductions import sum_of
-from gradengine.kernels.cpu.softmax import powers, rows_together
+from gradengine.kernels.cpu.reductions import largest, sum_of
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.cpu.vector_math import exponential
 from gradengine.kernels.layout import Array
@@ -45,18 +44,15 @@ def class_scale(
 @parallel_kernel
 def _cross_entropy(worker, workers, x, target, losses, shifts):
     """x (rows, classes), target and losses (rows,), shifts (rows, 2): maximum, log of the sum."""
-    together = rows_together(x)
-    below, made = (
-        np.empty((together, x.shape[1]), x.dtype),
-        np.empty((together, x.shape[1]), x.dtype),
-    )
-    for piece in own_range(worker, workers, (len(x) + together - 1) // together):
-        first = piece * together
-        given, kept = x[first : first + together], shifts[first : first + together]
-        powers(given, kept[:, 0], below[: len(given)], made[: len(given)])
-        for row in range(len(given)):
-            kept[row, 1] = np.log(sum_of(made[row]))
-            losses[first + row] = kept[row, 1] - below[row, target[first + row]]
+    powers = np.empty(x.shape[1], x.dtype)
+    for row in own_range(worker, workers, len(x)):
+        values = x[row]
+        peak = largest(values)
+        for i in range(len(values)):
+            powers[i] = exponential(values[i] - peak)
+        shifts[row, 0] = peak
+        shifts[row, 1] = np.log(sum_of(powers))
+        losses[row] = shifts[row, 1] - (values[target[row]] - peak)
 
 
 @parallel_kernel

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numba import float32
-from numba.extending import overload
+from typing import Any
 
-from gradengine.kernels.cpu.launch import summing_part
+from llvmlite import ir
+from numba import types
+
+from gradengine.kernels.cpu.launch import kernel_part, summing_part
+from gradengine.kernels.cpu.simd import intrinsic
 
 # Terms that are added in the row's own dtype before float64 takes them up: in the lanes of vectors so
 # few keep float32's digits.
 TERMS = 1024
 
 
+@intrinsic
+def _ordered(typing_context, value):
+    """Give a float's bits as an integer, ordered as floats are: those of negative ones turned round."""
+    kind = types.int32 if value == types.float32 else types.int64
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _turned(builder, builder.bitcast(arguments[0], ir.IntType(kind.bitwidth)))
+
+    return kind(value), generate
+
+
+@intrinsic
+def _value_of(typing_context, ordered):
+    """Give the float that `_ordered` made an integer of."""
+    kind = types.float32 if ordered == types.int32 else types.float64
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(_turned(builder, arguments[0]), context.get_value_type(kind))
+
+    return kind(ordered), generate
+
+
+def _turned(builder: Any, bits: Any) -> Any:
+    """Turn round, where the sign's bit is set, all the others."""
+    signs = builder.ashr(bits, bits.type(bits.type.width - 1))
+    return builder.xor(bits, builder.lshr(signs, bits.type(1)))
+
+
+@kernel_part
 def largest(values):
-    """Give the largest of floats, of which there is one at least; with nan among them, any number."""
-    return values.max()
+    """Give the largest of floats, of which there is one at least; with nan among them, any number.
 
-
-@overload(largest)
-def _largest(values):
-    # A maximum of floats becomes no vectors, since nan makes it depend on the order, but one of
-    # integers does: the bits of floats have the floats' order, with negative ones turned round.
-    single = values.dtype == float32
-    number, integer = (np.float32, np.int32) if single else (np.float64, np.int64)
-    sign = integer(31 if single else 63)
-    least, turned = np.iinfo(integer).min, integer(np.iinfo(integer).max)
-
-    def largest_by_bits(values):
-        bits = values.view(integer)
-        most = integer(least)
-        for i in range(len(bits)):
-            ordered = integer(bits[i] ^ ((bits[i] >> sign) & turned))
-            most = ordered if ordered > most else most
-        return integer(most ^ ((most >> sign) & turned)).view(number)
-
-    return largest_by_bits
+    A maximum of floats becomes no vectors, since nan makes it depend on the order; of integers it does.
+    """
+    most = _ordered(values[0])
+    for i in range(len(values)):
+        bits = _ordered(values[i])
+        most = bits if bits > most else most
+    return _value_of(most)
 
 
 @summing_part

@@ -40,25 +40,24 @@ def _of_rows(kernel: Any, *arrays: Array) -> Array:
 
 
 @kernel_part
-def rows_together(x):
+def _rows_together(x):
     """Give how many of the rows of x (rows, n) stay in cache and make a vector of some length."""
     return max(1, TOGETHER // max(x.shape[1], 1))
 
 
 @kernel_part
-def powers(x, peaks, below, out):
-    """Fill peaks (rows,) with the rows' maxima, below (rows, n) with x - peaks, out with its exp."""
+def _powers(x, below, out):
+    """Fill below (rows, n) with x minus the maximum of its row, and out with exp of that."""
     for row in range(len(x)):
         values, differences = x[row], below[row]
         peak = largest(values)
-        peaks[row] = peak
         for i in range(len(values)):
             differences[i] = values[i] - peak
-    exponentials(below, out)
+    _exponentials(below, out)
 
 
 @kernel_part
-def exponentials(x, out):
+def _exponentials(x, out):
     values, made = x.reshape(x.size), out.reshape(out.size)
     for i in range(len(values)):
         made[i] = exponential(values[i])
@@ -66,12 +65,12 @@ def exponentials(x, out):
 
 @parallel_kernel
 def _softmax(worker, workers, x, out):
-    together = rows_together(x)
-    peaks, below = np.empty(together, x.dtype), np.empty((together, x.shape[1]), x.dtype)
+    together = _rows_together(x)
+    below = np.empty((together, x.shape[1]), x.dtype)
     for piece in own_range(worker, workers, (len(x) + together - 1) // together):
         first = piece * together
         given, made = x[first : first + together], out[first : first + together]
-        powers(given, peaks, below[: len(given)], made)
+        _powers(given, below[: len(given)], made)
         for row in range(len(made)):
             shares = made[row]
             share = x.dtype.type(np.divide(1.0, sum_of(shares)))
@@ -81,12 +80,12 @@ def _softmax(worker, workers, x, out):
 
 @parallel_kernel
 def _log_softmax(worker, workers, x, out):
-    together = rows_together(x)
-    peaks, made = np.empty(together, x.dtype), np.empty((together, x.shape[1]), x.dtype)
+    together = _rows_together(x)
+    made = np.empty((together, x.shape[1]), x.dtype)
     for piece in own_range(worker, workers, (len(x) + together - 1) // together):
         first = piece * together
         given, below = x[first : first + together], out[first : first + together]
-        powers(given, peaks, below, made[: len(given)])
+        _powers(given, below, made[: len(given)])
         for row in range(len(below)):
             logs = below[row]
             log_total = x.dtype.type(np.log(sum_of(made[row])))
@@ -105,11 +104,11 @@ def _softmax_grad(worker, workers, grad, out, by_x):
 
 @parallel_kernel
 def _log_softmax_grad(worker, workers, grad, out, by_x):
-    together = rows_together(out)
+    together = _rows_together(out)
     for piece in own_range(worker, workers, (len(out) + together - 1) // together):
         first = piece * together
         made = by_x[first : first + together]
-        exponentials(out[first : first + together], made)
+        _exponentials(out[first : first + together], made)
         for row in range(len(made)):
             grads, shares = grad[first + row], made[row]
             total = grad.dtype.type(sum_of(grads))
