@@ -42,9 +42,8 @@ def _exponential32(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * (r * r) + r + np.float32(1)
-    power = np.int32((np.float32(rounded).view(np.int32) + np.int32(127)) << np.int32(23)).view(
-        np.float32
-    )
+    bits = np.float32(rounded).view(np.int32) + np.int32(127)
+    power = np.int32(bits << np.int32(23)).view(np.float32)
     return np.float32(0) if x < lowest else p * power
 
 
@@ -63,9 +62,8 @@ def _exponential64(x):
     q = q * square + 2.52448340349684104192e-3
     q = q * square + 2.27265548208155028766e-1
     q = q * square + 2.00000000000000000009
-    power = np.int64((np.float64(rounded).view(np.int64) + np.int64(1023)) << np.int64(52)).view(
-        np.float64
-    )
+    bits = np.float64(rounded).view(np.int64) + np.int64(1023)
+    power = np.int64(bits << np.int64(52)).view(np.float64)
     return 0.0 if x < lowest else (1.0 + np.divide(p, q - p) * 2.0) * power
 
 
