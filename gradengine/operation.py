@@ -303,19 +303,21 @@ class Joint:
         # The last incoming gradient with its shares; another thread may put its own here at any time.
         self._last: tuple[Any, list[Any]] | None = None
 
-    def has_share(self, position: int, grad: Any) -> bool:
-        """Whether `share` would return what was computed before, without any saved value."""
+    def known_share(self, position: int, grad: Any) -> Any:
+        """Return, and forget, the gradient of the input at `position` if it was computed before."""
         last = self._last
-        return last is not None and last[0] is grad and last[1][position] is not None
+        if last is None or last[0] is not grad:
+            return None
+        share, last[1][position] = last[1][position], None
+        return share
 
     def share(self, position: int, grad: Any, *saved: Any) -> Any:
         """Return the gradient of the input at `position`, and forget it."""
-        last = self._last
-        share = last[1][position] if last is not None and last[0] is grad else None
-        if last is None or share is None:
-            self._last = last = grad, list(self._function(grad, self._wanted, *saved))
-            share = last[1][position]
-        last[1][position] = None
+        share = self.known_share(position, grad)
+        if share is None:
+            shares = list(self._function(grad, self._wanted, *saved))
+            share, shares[position] = shares[position], None
+            self._last = grad, shares
         return share
 
 

@@ -40,6 +40,7 @@ class PackedConv2d(NamedTuple):
 
 # Elements from which on an elementwise pass is worth the launch of a kernel.
 PARALLEL_SIZE = 1 << 16
+ROW_SIZE = 1 << 12  # and those from which on a kernel is worth several passes along rows
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -356,6 +357,55 @@ def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Arr
     return module.softmax_cross_entropy_grad(grad, x, target, shifts)
 
 
+def softmax(x: Array) -> Array:
+    """Give exp(x) / sum of exp(x) along the last axis of x (..., n), which `has_row_kernels`."""
+    return _module("softmax", "softmax", x=x).softmax(x)
+
+
+def softmax_grad(grad: Array, out: Array) -> Array:
+    """Give the gradient by x, shaped like grad and out, the result of softmax."""
+    _check_shape("softmax_grad", "grad", grad, out.shape)
+    return _module("softmax_grad", "softmax", grad=grad, out=out).softmax_grad(grad, out)
+
+
+def log_softmax(x: Array) -> Array:
+    """Give the logarithm of softmax along the last axis of x (..., n), which `has_row_kernels`."""
+    return _module("log_softmax", "softmax", x=x).log_softmax(x)
+
+
+def log_softmax_grad(grad: Array, out: Array) -> Array:
+    """Give the gradient by x, shaped like grad and out, the result of log_softmax."""
+    _check_shape("log_softmax_grad", "grad", grad, out.shape)
+    return _module("log_softmax_grad", "softmax", grad=grad, out=out).log_softmax_grad(grad, out)
+
+
+def layer_norm(
+    x: Array, weight: Array | None, bias: Array | None, eps: float
+) -> tuple[Array, Array, Array]:
+    """Normalize the rows of x (rows, n), which `has_row_kernels`, by their mean and biased variance.
+
+    weight and bias (n,) may be None. Returns out = (x - mean) * inv_std * weight + bias, mean and
+    inv_std = 1 / sqrt(var + eps), both (rows,).
+    """
+    module = _layer_norm_module("layer_norm", x, weight=weight, bias=bias)
+    return module.layer_norm(x, weight, bias, eps)
+
+
+def layer_norm_grad(
+    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
+) -> tuple[Array, Array, Array]:
+    """Give layer_norm's gradients by x, weight and bias, for grad shaped like x (rows, n).
+
+    mean and inv_std (rows,) are its results; they depend on x, which the gradient counts.
+    """
+    name = "layer_norm_grad"
+    _check_shape(name, "grad", grad, x.shape)
+    for key, array in (("mean", mean), ("inv_std", inv_std)):
+        _check_shape(name, key, array, x.shape[:1])
+    module = _layer_norm_module(name, x, grad=grad, weight=weight)
+    return module.layer_norm_grad(grad, x, weight, mean, inv_std)
+
+
 def class_scale(
     target: Array, weight: Array | None, ignore_index: int, classes: int, dtype: np.dtype
 ) -> tuple[Array, Array]:
@@ -548,6 +598,11 @@ def has_kernels(array: Array) -> bool:
     return _serves(place(array), array.dtype)
 
 
+def has_row_kernels(array: Array) -> bool:
+    """Whether kernels that go along rows take it and are worth it: on the CPU, and only there."""
+    return place(array) == "cpu" and array.size >= ROW_SIZE and has_kernels(array)
+
+
 @cache  # NumPy makes up a dtype's name anew whenever it is asked
 def _serves(device: str, dtype: np.dtype) -> bool:
     return dtype.name in _DTYPES[device] and dtype.isnative
@@ -569,6 +624,14 @@ def _normalization(
     if x.dtype.itemsize == 2 and {vector.dtype for vector in given.values()} == {_FLOAT32}:
         given = {}  # parameters of full precision beside 16-bit activations
     return _module(name, family, x=x, **arrays, **given)
+
+
+def _layer_norm_module(name: str, x: Array, **others: Array | None) -> ModuleType:
+    """Check vectors (n,) beside x (rows, n); give the module of their kernels."""
+    given = {key: array for key, array in others.items() if array is not None}
+    for key in given.keys() & {"weight", "bias"}:
+        _check_shape(name, key, given[key], x.shape[1:])
+    return _module(name, "layer_norm", x=x, **given)
 
 
 def place(array: Array) -> str:

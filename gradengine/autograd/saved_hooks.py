@@ -266,8 +266,10 @@ class Unpacking:
         self._joint = joint_of(pullback)
 
     def __call__(self, grad: Any, *saved: Any, **onto: Any) -> Any:
-        if self._joint is not None and self._joint.has_share(self.pullback.args[0], grad):
-            return self.pullback(grad)
+        # In one step: another thread may compute its shares, and so forget these, at any time.
+        known = self._joint and self._joint.known_share(self.pullback.args[0], grad)
+        if known is not None:
+            return known
         recorded = isinstance(grad, Variable)
         return self.pullback(grad, *[_unpacked(x, grad, recorded) for x in saved], **onto)
 

@@ -16,6 +16,7 @@ from gradengine.ops import random
 from gradengine.ops.dims import normalized_dim
 from gradengine.ops.elementwise import clamp, erf, exp, sigmoid, tanh, where
 from gradengine.ops.reduction import sum
+from gradengine.tape import Variable
 
 # ---- rectifiers ----------------------------------------------------------------------------------
 
@@ -193,6 +194,8 @@ logsigmoid.pullbacks(x=lambda grad, x: grad * sigmoid(-x))
 def _softmax(x, *, dim):
     if x.ndim == 0:
         return _softmax.operation.forward(x.reshape(1), dim=dim).reshape(())
+    if _has_kernel(x, dim):
+        return _along_rows(kernels.softmax, dim, x)
     out = array_module(x).exp(_below_maximum(x.astype(sum_dtype(x.dtype), copy=False), dim))
     out /= out.sum(axis=dim, keepdims=True)
     return narrowed(out, x.dtype)
@@ -202,6 +205,8 @@ def _softmax(x, *, dim):
 def _log_softmax(x, *, dim):
     if x.ndim == 0:
         return _log_softmax.operation.forward(x.reshape(1), dim=dim).reshape(())
+    if _has_kernel(x, dim):
+        return _along_rows(kernels.log_softmax, dim, x)
     xp = array_module(x)
     out = _below_maximum(x.astype(sum_dtype(x.dtype), copy=False), dim)
     if out.size:  # the sum of nothing is 0, whose logarithm NumPy warns of
@@ -219,13 +224,33 @@ def _below_maximum(x: Any, dim: int) -> Any:
         return x - x.max(axis=dim, keepdims=True)
 
 
+def _has_kernel(x: Any, dim: int) -> bool:
+    """Whether kernels go along `dim` of an array: along rows that lie together in memory."""
+    return kernels.has_row_kernels(x) and x.strides[dim] == x.itemsize
+
+
+def _along_rows(kernel: Any, dim: int, *arrays: Any) -> Any:
+    """Give what a kernel of rows makes of arrays whose rows lie along `dim`."""
+    if dim == arrays[0].ndim - 1:
+        return kernel(*arrays)
+    return np.moveaxis(kernel(*(np.moveaxis(x, dim, -1) for x in arrays)), -1, dim)
+
+
 def _softmax_grad(grad: Any, out: Any, dim: int) -> Any:
+    if not isinstance(grad, Variable) and _has_kernel(out, dim):
+        return _along_rows(kernels.softmax_grad, dim, grad, out)
     weighted = grad * out
     return weighted - out * sum(weighted, dim=dim, keepdim=True)
 
 
+def _log_softmax_grad(grad: Any, out: Any, dim: int) -> Any:
+    if not isinstance(grad, Variable) and _has_kernel(out, dim):
+        return _along_rows(kernels.log_softmax_grad, dim, grad, out)
+    return grad - exp(out) * sum(grad, dim=dim, keepdim=True)
+
+
 _softmax.pullbacks(x=_softmax_grad)
-_log_softmax.pullbacks(x=lambda grad, out, dim: grad - exp(out) * sum(grad, dim=dim, keepdim=True))
+_log_softmax.pullbacks(x=_log_softmax_grad)
 
 
 def softmax(x: Any, dim: int) -> Any:

@@ -385,6 +385,10 @@ def _standardize_grad(grad: Any, normal: Any, inv_std: Any, axes: tuple[int, ...
 
 @operation(label="NativeLayerNormBackward0", keeps=("mean", "inv_std"))
 def _layer_norm(x, weight, bias, *, axes, eps):
+    if kernels.has_row_kernels(x):
+        out, *kept = kernels.layer_norm(_as_rows(x, axes), _flat(weight), _flat(bias), eps)
+        shape = (*x.shape[: axes[0]], *(1,) * len(axes))
+        return out.reshape(x.shape), *(vector.reshape(shape) for vector in kept)
     wide = x.astype(sum_dtype(x.dtype), copy=False)
     mean = wide.mean(axis=axes, keepdims=True)
     out = wide - mean
@@ -405,25 +409,43 @@ def _layer_norm_parts(x: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], ep
 
 
 def _layer_norm_grad(
-    grad: Any, x: Any, weight: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float
+    grad: Any,
+    wanted: Any,
+    x: Any,
+    weight: Any,
+    mean: Any,
+    inv_std: Any,
+    axes: tuple[int, ...],
+    eps: float,
 ) -> Any:
+    """Return the gradients by x, weight and bias."""
+    shape = x.shape[axes[0] :]
+    if not isinstance(grad, Variable) and kernels.has_row_kernels(x):
+        vectors = _flat(weight), _flat(mean), _flat(inv_std)
+        grads = kernels.layer_norm_grad(_as_rows(grad, axes), _as_rows(x, axes), *vectors)
+        return grads[0].reshape(x.shape), *(vector.reshape(shape) for vector in grads[1:])
     normal, inv_std = _layer_norm_parts(x, mean, inv_std, axes, eps)
-    weighted = grad if weight is None else grad * weight
-    return narrowed(_standardize_grad(weighted, normal, inv_std, axes), x.dtype)
+    by_x = by_weight = by_bias = None
+    if wanted[0]:
+        weighted = grad if weight is None else grad * weight
+        by_x = narrowed(_standardize_grad(weighted, normal, inv_std, axes), x.dtype)
+    if wanted[1]:
+        by_weight = narrowed(sum_to_shape(grad * normal, shape=shape), x.dtype)
+    if wanted[2]:
+        by_bias = sum_to_shape(grad, shape=shape)
+    return by_x, by_weight, by_bias
 
 
-def _layer_norm_grad_weight(
-    grad: Any, x: Any, weight_shape: Any, mean: Any, inv_std: Any, axes: tuple[int, ...], eps: float
-) -> Any:
-    normal, _ = _layer_norm_parts(x, mean, inv_std, axes, eps)
-    return narrowed(sum_to_shape(grad * normal, shape=weight_shape), x.dtype)
+def _as_rows(x: Any, axes: tuple[int, ...]) -> Any:
+    """Return an array (rows, length) of one that is not empty, whose last `axes` make a row."""
+    return x.reshape(-1, math.prod(x.shape[axes[0] :]))
 
 
-_layer_norm.pullbacks(
-    x=_layer_norm_grad,
-    weight=_layer_norm_grad_weight,
-    bias=lambda grad, bias_shape: sum_to_shape(grad, shape=bias_shape),
-)
+def _flat(vector: Any) -> Any:
+    return None if vector is None else vector.reshape(-1)
+
+
+_layer_norm.joint_pullback(_layer_norm_grad)
 
 
 def layer_norm(

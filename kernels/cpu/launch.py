@@ -72,6 +72,14 @@ def kernel_part(function: Callable[..., Any]) -> Any:
     return part(function)
 
 
+def summing_part(function: Callable[..., Any]) -> Any:
+    """Make a `kernel_part` whose sums the compiler may add up in another order, that of vectors.
+
+    The order depends on the machine and on how many terms there are, not on the threads.
+    """
+    return part(function, reorders=True)
+
+
 @kernel_part
 def own_range(worker, workers, count):
     """Give the numbers below `count` that are a worker's own: neighbours, in order."""

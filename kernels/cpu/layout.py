@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
@@ -27,6 +28,12 @@ def kernel_input(x: Array) -> Array:
         _interleave(get_num_threads(), planes, out.reshape(batch, height * width, channels))
         return out
     return array.copy(order="C")
+
+
+def kernel_rows(x: Array) -> Array:
+    """Give x (..., n) as the (rows, n) array that a compiled function takes."""
+    array = np.ascontiguousarray(x).reshape(prod(x.shape[:-1]), x.shape[-1])
+    return array if array.flags.writeable else array.copy()
 
 
 def _is_long(x: Array) -> bool:

@@ -5,30 +5,27 @@ from __future__ import annotations
 import numpy as np
 
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.layout import kernel_rows
+from gradengine.kernels.cpu.normalization import as_vector
+from gradengine.kernels.cpu.reductions import largest, sum_of
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.cpu.vector_math import exponential
 from gradengine.kernels.layout import Array
 
-# Maxima and sums run in so many interleaved parts, which fill vectors: for many classes and for few.
-# A kernel must not see it as a constant: loops of a known length are unrolled, not made vectors.
-STRIPS = (64, 8)
-CHUNK_ROWS = 8
-
 
 def softmax_cross_entropy(x: Array, target: Array) -> tuple[Array, Array]:
-    scores = _kernel_rows(x)
+    scores = kernel_rows(x)
     losses = np.empty(len(scores), x.dtype)
     shifts = np.empty((len(scores), 2), x.dtype)
-    strip = STRIPS[scores.shape[1] < 4 * STRIPS[0]]
-    _cross_entropy(get_num_threads(), scores, target.astype(np.int64), strip, losses, shifts)
+    _cross_entropy(get_num_threads(), scores, target.astype(np.int64), losses, shifts)
     return losses, shifts
 
 
 def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Array) -> Array:
-    scores = _kernel_rows(x)
+    scores = kernel_rows(x)
     out = np.empty_like(scores)
     _cross_entropy_grad(
-        get_num_threads(), _kernel_rows(grad), scores, target.astype(np.int64), shifts, out
+        get_num_threads(), as_vector(grad, x.dtype), scores, target.astype(np.int64), shifts, out
     )
     return out
 
@@ -44,48 +41,18 @@ def class_scale(
     return safe, np.where(known, scale, unknown)
 
 
-def _kernel_rows(x: Array) -> Array:
-    array = np.ascontiguousarray(x)
-    return array if array.flags.writeable else array.copy()  # to Numba another type
-
-
 @parallel_kernel
-def _cross_entropy(worker, workers, x, target, strip, losses, shifts):
+def _cross_entropy(worker, workers, x, target, losses, shifts):
     """x (rows, classes), target and losses (rows,), shifts (rows, 2): maximum, log of the sum."""
-    rows, classes = x.shape
-    whole = classes // strip * strip
-    for chunk in own_range(worker, workers, (rows + CHUNK_ROWS - 1) // CHUNK_ROWS):
-        lanes = np.empty(strip, x.dtype)
-        powers = np.empty(classes, x.dtype)
-        for row in range(chunk * CHUNK_ROWS, min((chunk + 1) * CHUNK_ROWS, rows)):
-            values = x[row]
-            for lane in range(strip):
-                lanes[lane] = values[0]
-            for start in range(0, whole, strip):
-                part = values[start : start + strip]
-                for lane in range(strip):
-                    lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
-            peak = values[0]
-            for lane in range(strip):
-                peak = lanes[lane] if lanes[lane] > peak else peak
-            for i in range(whole, classes):
-                peak = values[i] if values[i] > peak else peak
-            for i in range(classes):
-                powers[i] = exponential(values[i] - peak)
-            for lane in range(strip):
-                lanes[lane] = 0
-            for start in range(0, whole, strip):
-                part = powers[start : start + strip]
-                for lane in range(strip):
-                    lanes[lane] += part[lane]
-            total = 0.0
-            for lane in range(strip):
-                total += lanes[lane]
-            for i in range(whole, classes):
-                total += powers[i]
-            shifts[row, 0] = peak
-            shifts[row, 1] = np.log(total)
-            losses[row] = shifts[row, 1] - (values[target[row]] - peak)
+    powers = np.empty(x.shape[1], x.dtype)
+    for row in own_range(worker, workers, len(x)):
+        values = x[row]
+        peak = largest(values)
+        for i in range(len(values)):
+            powers[i] = exponential(values[i] - peak)
+        shifts[row, 0] = peak
+        shifts[row, 1] = np.log(sum_of(powers))
+        losses[row] = shifts[row, 1] - (values[target[row]] - peak)
 
 
 @parallel_kernel

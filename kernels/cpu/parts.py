@@ -24,16 +24,18 @@ _HOOKS = (
 _KNOWN = all(hasattr(JITCodeLibrary, name) for name in _HOOKS)
 
 
-def part(function: Callable[..., Any], *, apart: bool = False) -> Any:
+def part(function: Callable[..., Any], *, apart: bool = False, reorders: bool = False) -> Any:
     """Make a function that compiled code may call; called from Python it runs as it is written.
 
     Arrays given to a function with `apart` share no memory that it writes: loops need not look.
+    With `reorders`, the terms of its sums may be added in any order.
     """
+    options: Any = {"nogil": True, "fastmath": {"reassoc"} if reorders else False}
     if not _KNOWN:
-        return njit(nogil=True)(function)
+        return njit(**options)(function)
     compiler = _ApartCompiler if apart else _Compiler
-    options: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    compiled: Any = njit(nogil=True, pipeline_class=compiler, **options)(function)
+    options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    compiled: Any = njit(pipeline_class=compiler, **options)(function)
     if isinstance(compiled, CPUDispatcher):  # not where the user switched compilation off
         compiled.__class__ = _Part
     return compiled

@@ -44,6 +44,17 @@ def every_result():
             *(x, x, normal, passed), *(vector, mean, inv_std), relu=True, wants_residual=True
         ),
         kernels.erf(x),
+        *row_results(rng.standard_normal((150, 70)).astype(np.float32)),
+    ]
+
+
+def row_results(x):
+    out, logs = kernels.softmax(x), kernels.log_softmax(x)
+    normal, mean, inv_std = kernels.layer_norm(x, x[0], x[1], 1e-5)
+    return [
+        *(out, kernels.softmax_grad(x, out)),
+        *(logs, kernels.log_softmax_grad(x, logs)),
+        *(normal, *kernels.layer_norm_grad(x, x, x[0], mean, inv_std)),
     ]
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import gradengine as ge
+from gradengine import kernels
+from gradengine.autograd import gradgradcheck
 from gradengine.ops.activation import (
     dropout,
     gelu,
@@ -94,6 +96,37 @@ def test_softmax_keeps_only_its_output(function):
 def test_softmax_is_normalized_in_float32():
     x = np.random.default_rng(0).normal(0, 30, (50, 1000)).astype(np.float32)
     np.testing.assert_allclose(softmax(x, 1).sum(1), 1, rtol=1e-6)
+
+
+LAYOUTS = {
+    "last": (3, lambda x: x),
+    "channels last": (1, lambda x: x.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)),
+    "apart": (1, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", [softmax, log_softmax])
+def test_softmax_of_few_and_of_many_rows_agree(function, layout, monkeypatch):
+    rng = np.random.default_rng(4)
+    dim, laid_out = LAYOUTS[layout]
+    x = ge.tensor(laid_out(rng.standard_normal((2, 3, 4, 5))), device="cpu", requires_grad=True)
+    grad = ge.tensor(rng.standard_normal(x.shape), device="cpu")
+
+    def results():
+        out = function(x, dim)
+        (by_x,) = ge.autograd.grad(out, x, grad, retain_graph=True)
+        (recorded,) = ge.autograd.grad(out, x, grad, create_graph=True)
+        (second,) = ge.autograd.grad((recorded**2).sum(), x)
+        return [array.detach().numpy() for array in (out, by_x, recorded, second)]
+
+    expected = results()
+    monkeypatch.setattr(kernels, "ROW_SIZE", 1)
+    found = results()
+    assert found[0].strides == x.detach().numpy().strides
+    for got, same in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, same, rtol=1e-12, atol=1e-13)
+    assert gradgradcheck(lambda x: function(x, dim), x)
 
 
 # ---- dropout -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gradengine as ge
+from gradengine import kernels
 from gradengine.kernels.geometry import pool2d_geometry
 from gradengine.ops.normalization import batch_norm, batch_norm_act, layer_norm
 from gradengine.tape import SavedOutput
@@ -133,6 +134,46 @@ def test_layer_norm_keeps_the_input_and_small_vectors():
     node = layer_norm(x, 5).grad_fn
     assert node.name() == "NativeLayerNormBackward0"
     assert sorted(value.shape for value in kept_values(node)) == [(4, 1), (4, 1), (4, 5)]
+
+
+@pytest.mark.parametrize("vectors", ["both", "weight", "bias", "neither"])
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_layer_norm_of_few_and_of_many_rows_agree(shape, vectors, monkeypatch):
+    x = tensor(5, 2, 3, 4, requires_grad=True, dtype=np.float64)
+    weight = tensor(*shape, requires_grad=True, dtype=np.float64)
+    bias = tensor(*shape, requires_grad=True, dtype=np.float64)
+    given = {"both": (weight, bias), "weight": (weight, None), "bias": (None, bias)}
+    inputs = given.get(vectors, (None, None))
+    leaves = [x, *(vector for vector in inputs if vector is not None)]
+    grad = tensor(*x.shape, dtype=np.float64) ** 3
+
+    def results():
+        out = layer_norm(x, shape, *inputs)
+        plain = ge.autograd.grad(out, leaves, grad, retain_graph=True)
+        recorded = ge.autograd.grad(out, leaves, grad, create_graph=True)
+        second = ge.autograd.grad(sum((each**2).sum() for each in recorded), x)
+        return [array.detach().numpy() for array in (out, *plain, *recorded, *second)]
+
+    expected = results()
+    monkeypatch.setattr(kernels, "ROW_SIZE", 1)
+    for got, same in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(got, same, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_layer_norm_of_many_rows_with_a_frozen_input(frozen, monkeypatch):
+    monkeypatch.setattr(kernels, "ROW_SIZE", 1)
+    names = {"x": (6, 5), "weight": (5,), "bias": (5,)}
+    full = {name: tensor(*shape, requires_grad=True) for name, shape in names.items()}
+    some = {name: tensor(*shape, requires_grad=name != frozen) for name, shape in names.items()}
+    for leaves in (full, some):
+        out = layer_norm(leaves["x"], 5, leaves["weight"], leaves["bias"])
+        out.backward(tensor(6, 5))
+    for name, leaf in some.items():
+        if name == frozen:
+            assert leaf.grad is None
+        else:
+            np.testing.assert_array_equal(leaf.grad.numpy(), full[name].grad.numpy())
 
 
 @pytest.mark.parametrize(
