@@ -34,7 +34,7 @@ RUNS = 64  # rows of y that they pass at a time
 TASKS = 4  # for each thread, so that they balance
 GROUP = 4  # panels of a task, where there are threads enough: it may have to copy a block of x
 
-DTYPES = tuple(map(np.dtype, ("float32", "float64")))  # strings would be compared as dtypes each time
+DTYPES = tuple(map(np.dtype, ("float32", "float64")))  # names would be made dtypes each time
 
 # NumPy's BLAS is the faster where a launch costs more than the product. It runs these on one thread;
 # larger ones on threads of its own, which then spin on the cores that the next kernel needs.

@@ -18,7 +18,7 @@ TERMS = 1024
 @intrinsic
 def _ordered(typing_context, value):
     """Give a float's bits as an integer, ordered as floats are: those of negative ones turned round."""
-    kind = types.int32 if value == types.float32 else types.int64
+    kind: Any = types.int32 if value == types.float32 else types.int64
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return _turned(builder, builder.bitcast(arguments[0], ir.IntType(kind.bitwidth)))
