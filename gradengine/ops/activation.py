@@ -104,7 +104,11 @@ def elu(x: Any, alpha: float = 1.0) -> Any:
 
 @elementwise(floating=True, label="GeluBackward0")
 def _gelu(x):
-    return x * (0.5 * (1 + kernels.erf(x * math.sqrt(0.5))))
+    out = kernels.erf(x * math.sqrt(0.5))
+    out += 1  # and so on in place: large arrays would be new memory each time
+    out *= 0.5
+    out *= x
+    return out
 
 
 @elementwise(floating=True, label="GeluBackward0")
