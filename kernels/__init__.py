@@ -476,6 +476,13 @@ def cast_all(arrays: Sequence[Array], dtype: np.dtype) -> Sequence[Array]:
     return _import_family(place(arrays[0]), "layout").cast_all(arrays, dtype)
 
 
+def copy_in_order(x: Array) -> Array:
+    """Give a copy of x, of any dtype and strides, whose elements lie in C order."""
+    if place(x) == "cuda":
+        return x.copy(order="C")
+    return _import_family("cpu", "layout").copy_in_order(x)
+
+
 def matmul(x: Array, y: Array) -> Array:
     """Give the matrix product of x (..., M, K) and y (..., K, N), of one dtype, which may be any.
 

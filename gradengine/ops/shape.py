@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gradengine import kernels
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, sum_dtype
 from gradengine.operation import broadcast_to as _broadcast_to
@@ -458,7 +459,7 @@ def diag(x: Any, diagonal: int = 0) -> Any:
 
 @operation(label="CloneBackward0")
 def _copy(x, *, order):
-    return x.copy(order=order)
+    return kernels.copy_in_order(x) if order == "C" else x.copy(order=order)
 
 
 _copy.pullbacks(x=lambda grad: grad)

@@ -9,25 +9,18 @@ import numpy as np
 
 from gradengine.kernels import PARALLEL_SIZE
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
+from gradengine.kernels.cpu.simd import lanes, pointer, transpose
 from gradengine.kernels.cpu.threads import get_num_threads
 from gradengine.kernels.layout import Array
 
-BLOCK = 256  # pixels of one piece of work: their channels stay in cache while they are filled
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 256  # of one piece of work: what it writes stays in cache
 
 
 def kernel_input(x: Array) -> Array:
     """Give x (N, C, H, W) as the (N, H, W, C) array that a compiled function takes."""
     array = x.transpose(0, 2, 3, 1)
     # To Numba a read-only array is another type: it would compile everything a second time.
-    if array.flags.c_contiguous and array.flags.writeable:
-        return array
-    if x.flags.c_contiguous and x.flags.writeable and _is_long(x):
-        batch, channels, height, width = x.shape
-        out = np.empty(array.shape, x.dtype)
-        planes = x.reshape(batch, channels, height * width)
-        _interleave(get_num_threads(), planes, out.reshape(batch, height * width, channels))
-        return out
-    return array.copy(order="C")
+    return array if array.flags.c_contiguous and array.flags.writeable else copy_in_order(array)
 
 
 def kernel_rows(x: Array) -> Array:
@@ -36,9 +29,31 @@ def kernel_rows(x: Array) -> Array:
     return array if array.flags.writeable else array.copy()
 
 
-def _is_long(x: Array) -> bool:
-    """Whether all cores are worth it, for images as they are usually given."""
-    return x.dtype == np.float32 and x.size >= PARALLEL_SIZE
+def copy_in_order(x: Array) -> Array:
+    """Give a copy of x in C order; matrices that lie transposed are copied by squares on all cores."""
+    found = _transposed(x) if x.size >= PARALLEL_SIZE and x.flags.writeable else None
+    if found is None:
+        return x.copy(order="C")
+    out = np.empty(x.shape, x.dtype)
+    batch, rows, columns = found.shape
+    _transpose(get_num_threads(), found, out.reshape(batch, columns, rows))
+    return out
+
+
+def _transposed(x: Array) -> Array | None:
+    """Give x as (batch, rows, columns), C-contiguous, if x is that with rows and columns swapped."""
+    if x.dtype not in (np.float32, np.float64):
+        return None
+    x = x.squeeze()
+    order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+    moved = next((axis for axis in range(x.ndim) if order[axis] != axis), None)
+    if moved is None:
+        return None
+    row, lies = order[moved], x.transpose(order)
+    swapped = [*range(moved), *range(row, x.ndim), *range(moved, row)]
+    if order != swapped or not lies.flags.c_contiguous:
+        return None
+    return lies.reshape(prod(x.shape[:moved]), prod(x.shape[row:]), -1)
 
 
 def cast_all(arrays: Sequence[Array], dtype: np.dtype) -> Sequence[Array]:
@@ -46,15 +61,23 @@ def cast_all(arrays: Sequence[Array], dtype: np.dtype) -> Sequence[Array]:
 
 
 @parallel_kernel
-def _interleave(worker, workers, planes, pixels):
-    """Copy planes (N, C, H * W) to pixels (N, H * W, C)."""
-    batch, channels, count = planes.shape
-    blocks = (count + BLOCK - 1) // BLOCK
-    for block in own_range(worker, workers, batch * blocks):
-        image, first = block // blocks, block % blocks * BLOCK
-        stop = min(first + BLOCK, count)
-        for channel in range(channels):
-            source = planes[image, channel, first:stop]
-            target = pixels[image, first:stop, channel]
-            for i in range(len(source)):
-                target[i] = source[i]
+def _transpose(worker, workers, x, out):
+    """Copy x (B, R, C) to out (B, C, R)."""
+    batch, rows, columns = x.shape
+    down = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    across = (columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    for task in own_range(worker, workers, batch * down * across):
+        matrix, block = task // (down * across), task % (down * across)
+        row, column = block // across * BLOCK_ROWS, block % across * BLOCK_COLUMNS
+        stop, stop_column = min(row + BLOCK_ROWS, rows), min(column + BLOCK_COLUMNS, columns)
+        whole = row + (stop - row) // lanes(x) * lanes(x)
+        whole_column = column + (stop_column - column) // lanes(x) * lanes(x)
+        for i in range(row, whole, lanes(x)):
+            for j in range(column, whole_column, lanes(x)):
+                source = pointer(x, (matrix * rows + i) * columns + j)
+                transpose(source, columns, pointer(out, (matrix * columns + j) * rows + i), rows)
+        for i in range(row, stop):
+            source = pointer(x, (matrix * rows + i) * columns)
+            target = pointer(out, matrix * columns * rows + i)
+            for j in range(column if i >= whole else whole_column, stop_column):
+                target[j * rows] = source[j]
