@@ -40,10 +40,10 @@ class CudaSettings:
         "medium" round their elements to 11 significant bits first (tf32), which tensor cores
         multiply several times as fast.
     own_matmul: multiply matrices with these kernels also where cuBLAS is faster.
-    benchmark: time the tiles that a convolution can be computed in when it first meets a shape, and
-        take the fastest from then on. What a rule chooses otherwise is the same in every process;
-        what is timed need not be, nor are the last bits of sums then. As PyTorch's
-        torch.backends.cudnn.benchmark.
+    benchmark: time the tiles that a convolution can be computed in, and the kernels for its gradient
+        by the weight, when it first meets a shape, and take the fastest from then on. What a rule
+        chooses otherwise is the same in every process; what is timed need not be, nor are the last
+        bits of sums then. As PyTorch's torch.backends.cudnn.benchmark.
     """
 
     conv_tf32: bool = True
