@@ -1,8 +1,8 @@
 """2-D convolution: the choice of an algorithm, and the memory of results.
 
 Each algorithm is a module with the same functions: pack, block_count, convolve, grad_input and
-grad_weight; few_channels has grad_input alone. All arrays here are channels-last: pixels
-(N, H, W, C), weights (K, R, S, C / groups).
+grad_weight; few_channels has grad_input alone. Small groups are united before one is chosen. All arrays
+here are channels-last: pixels (N, H, W, C), weights (K, R, S, C / groups).
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class _Packed(NamedTuple):
 
     algorithm: ModuleType
     data: Array
-    groups: int
-    apart: _Packed | None = None  # the same without unions of small groups
+    apart: _Packed | None = None  # where this is of united groups, the same without unions
 
 
 def _algorithm(geometry: Conv2dGeometry, dtype: np.dtype) -> ModuleType:
@@ -85,7 +84,7 @@ def pack_conv2d(weight: Array, geometry: Conv2dGeometry) -> _Packed:
 
 def _pack(weight: Array, geometry: Conv2dGeometry) -> _Packed:
     algorithm = _algorithm(geometry, weight.dtype)
-    return _Packed(algorithm, algorithm.pack(weight, geometry), geometry.groups)
+    return _Packed(algorithm, algorithm.pack(weight, geometry))
 
 
 def conv2d_grad_input(
@@ -140,10 +139,11 @@ def _forward(
     packed: Any = weight[0] if isinstance(weight, tuple) else None  # the seam's PackedConv2d
     if packed is None:
         geometry, weight = _united(x, kernel_input(weight), geometry)
-    else:
-        if packed.apart is not None and not np.isfinite(x).all():
+    elif packed.apart is not None:
+        if np.isfinite(x).all():
+            geometry = small_groups.united(geometry, x.dtype)
+        else:
             packed = packed.apart
-        geometry = geometry._replace(groups=packed.groups)
     algorithm = packed.algorithm if packed else _algorithm(geometry, x.dtype)
     blocks = algorithm.block_count(geometry, x.itemsize)
     moments = epilogue.empty_moments(blocks, outputs if wants_moments else 0, x.dtype)
