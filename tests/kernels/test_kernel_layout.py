@@ -32,7 +32,8 @@ def view(shape, axes, dtype):
 @pytest.mark.parametrize("case", TRANSPOSED)
 def test_transposed_memory(case, dtype, threads, monkeypatch):
     monkeypatch.setattr(layout, "get_num_threads", lambda: threads)
-    x = view(*TRANSPOSED[case], dtype)
+    shape, axes = TRANSPOSED[case]
+    x = view(shape, axes, dtype)
     assert layout._transposed(x) is not None
     out = kernels.copy_in_order(x)
     assert out.flags.c_contiguous
@@ -41,7 +42,8 @@ def test_transposed_memory(case, dtype, threads, monkeypatch):
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_other_orders_are_numpys(case):
-    x = view(*OTHERS[case], np.float32)
+    shape, axes = OTHERS[case]
+    x = view(shape, axes, np.float32)
     assert layout._transposed(x) is None
     np.testing.assert_array_equal(kernels.copy_in_order(x), x)
 
