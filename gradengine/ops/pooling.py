@@ -8,16 +8,12 @@ from typing import Any
 import numpy as np
 
 from gradengine import kernels
-from gradengine.dtypes import is_floating_point
 from gradengine.kernels.geometry import pool2d_geometry
 from gradengine.operation import array_of, operation
 from gradengine.ops.interpolation import Taps, resample
 from gradengine.ops.reduction import mean
 from gradengine.ops.shape import squeeze, unsqueeze
 from gradengine.tape import Variable
-
-# Those of the CPU's pools.
-KERNEL_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 # ---- largest -------------------------------------------------------------------------------------
 
@@ -129,9 +125,7 @@ _whole_avg_pool2d.pullbacks(x=lambda grad, geometry: _avg_pool2d_grad(grad, geom
 def _whole_mean(x: Any) -> Any:
     """Return the mean of each plane of x (N, C, H, W), as (N, C, 1, 1)."""
     array = array_of(x)
-    on_cpu = type(array) is np.ndarray
-    known = array.dtype in KERNEL_DTYPES if on_cpu else is_floating_point(array.dtype)
-    if not known or not array.size:
+    if not kernels.has_kernels(array) or not array.size:
         return mean(x, dim=(2, 3), keepdim=True)
     geometry = pool2d_geometry("adaptive_avg_pool2d", x.shape, x.shape[2:])
     return _whole_avg_pool2d(x, geometry=geometry)

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from gradengine.kernels import PARALLEL_SIZE
+from gradengine.kernels import PARALLEL_SIZE, has_kernels
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.simd import lanes, pointer, transpose
 from gradengine.kernels.cpu.threads import get_num_threads
@@ -42,7 +42,7 @@ def copy_in_order(x: Array) -> Array:
 
 def _transposed(x: Array) -> Array | None:
     """Give x as (batch, rows, columns), C-contiguous, if x is that with rows and columns swapped."""
-    if x.dtype not in (np.float32, np.float64):
+    if not has_kernels(x):
         return None
     x = x.squeeze()
     order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])

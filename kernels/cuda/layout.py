@@ -90,6 +90,10 @@ def channels_first(x: Array, dtype: Any = None) -> Array:
     return out
 
 
+def copy_in_order(x: Array) -> Array:
+    return x.copy(order="C")
+
+
 def cast_all(
     arrays: Sequence[Array], dtype: Any, targets: Sequence[Array] | None = None
 ) -> Sequence[Array]:

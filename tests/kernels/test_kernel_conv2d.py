@@ -116,7 +116,7 @@ def test_groups_do_not_see_what_is_not_finite_in_others(value, place, rng):
     for finite, other, own in zip(found["finite"], found["not"], ours, strict=True):
         axis = 0 if finite.shape == weight.shape else 1
         assert not np.isfinite(np.moveaxis(other, axis, 0)[own]).all()
-        rest = [np.delete(np.moveaxis(found, axis, 0), own, axis=0) for found in (finite, other)]
+        rest = [np.delete(np.moveaxis(part, axis, 0), own, axis=0) for part in (finite, other)]
         assert_close(rest[1], rest[0], np.float64)
 
 
