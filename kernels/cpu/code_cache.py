@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import secrets
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from numba.core import compiler, serialize
+from numba.core.bytecode import FunctionIdentity
 from numba.core.runtime.nrt import rtsys
 
 from gradengine.kernels.cache_folder import private_cache_folder
@@ -45,8 +47,23 @@ def keep_code(dispatcher: Any, function: Callable[..., Any], variant: str = "") 
     A variant is another way of compiling the same function.
     """
     known = all(hasattr(compiler.CompileResult, name) for name in ("_reduce", "_rebuild"))
-    if known and hasattr(dispatcher, "_cache"):
+    if known and hasattr(dispatcher, "_cache") and hasattr(FunctionIdentity, "_unique_ids"):
+        FunctionIdentity._unique_ids = _NUMBERS
         dispatcher._cache = CodeCache(function, variant)
+
+
+class _Numbers:
+    """Numbers by which Numba tells functions of one name apart in machine code.
+
+    It counts in each process from 1; but here code of several processes comes together in one, and of
+    two functions of one name and number the linker would take the first for both.
+    """
+
+    def __next__(self) -> int:
+        return secrets.randbits(62)
+
+
+_NUMBERS: Any = _Numbers()
 
 
 class CodeCache:

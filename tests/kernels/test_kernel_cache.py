@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,17 @@ def test_a_second_process_compiles_nothing(cache):
     assert len(entries(cache)) == 1
     assert len(list(cache.parent.iterdir())) == 1  # nothing in Numba's own way
     assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_two_processes_name_functions_alike(tmp_path):
+    """Else the linker, to whom a third gives code of both, would take one's function for the other's."""
+    names = []
+    for folder in (tmp_path / "one" / "gradengine", tmp_path / "other" / "gradengine"):
+        run(folder)
+        (entry,) = entries(folder)
+        names.append(set(re.findall(rb"_ZN10gradengine\w+_erf\w+", entry.read_bytes())))
+    assert names[0] and names[1]
+    assert not names[0] & names[1]
 
 
 def test_the_first_compilation_is_announced_in_one_line(cache):
