@@ -29,19 +29,12 @@ from typing import Any
 import numpy as np
 
 from gradengine import devices, kernels
-from gradengine.autocast_mode import autocast_mode
 from gradengine.dtypes import (
     float32,
-    get_default_dtype,
-    is_bfloat16,
-    is_floating_point,
     narrowed,
-    result_type,
     sum_dtype,
-    widened,
 )
 from gradengine.grad_mode import grad_mode
-from gradengine.kernels.cuda import capture
 from gradengine.tape import Node, SavedOutput, Variable
 from gradengine.views import share_memory
 
@@ -78,6 +71,7 @@ class Operation:
             )
         self.rules: dict[str, Rule] = {}
         self.saves_output = False
+        self.has_kernel = False  # see `elementwise`
         self.converts = False  # and so does its pullback: see Node.grad_dtype
 
     def pullbacks(self, **functions: Callable[..., Any]) -> None:
@@ -90,6 +84,15 @@ class Operation:
             self.rules[name] = Rule(self, function)
         self.saves_output = any(rule.saves_output for rule in self.rules.values())
         self.rule_list = [self.rules.get(name) for name in self.inputs]
+
+    def in_one_pass(self, *arrays: Any) -> Any:
+        """Return what a kernel makes of the inputs in one pass, or None where none is worth it."""
+        return kernels.elementwise(self.name, *arrays) if self.has_kernel else None
+
+    def compute(self, *arrays: Any, **attributes: Any) -> Any:
+        """Run the kernel if there is one that is worth it, and the forward if not."""
+        out = self.in_one_pass(*arrays)
+        return self.forward(*arrays, **attributes) if out is None else out
 
     def joint_pullback(self, function: Callable[..., Any]) -> None:
         """Give one function (grad, wanted, ...) for all inputs, for gradients that share work.
@@ -109,11 +112,31 @@ class Rule:
         if pullback.__kwdefaults__ not in (None, {"onto": None}):
             raise TypeError(f"{operation.name}: a pullback's one keyword may be onto=None")
         self.pullback = pullback
+        kernel = getattr(pullback, "kernel", None)
+        if kernel is not None:
+            self.pullback = _large_by_kernel(kernel, pullback)
         self.joint = "wanted" in names
         self.positional = "position" in names
         self.saves_output = "out" in names
         getters = [_getter(operation, name) for name in names if name not in ("wanted", "position")]
         self.keep = _keeper(getters) if getters else None
+
+
+def by_kernel(name: str, pullback: Callable[..., Any]) -> Callable[..., Any]:
+    """Say that a pullback of large arrays is the formula `name` of `kernels.elementwise`."""
+    pullback.kernel = name  # pyright: ignore[reportFunctionMemberAccess]
+    return pullback
+
+
+def _large_by_kernel(name: str, pullback: Callable[..., Any]) -> Callable[..., Any]:
+    def compute(grad: Any, *saved: Any) -> Any:
+        if not isinstance(grad, Variable) and grad.size >= kernels.PARALLEL_SIZE:
+            out = kernels.elementwise(name, grad, *saved)
+            if out is not None:
+                return out
+        return pullback(grad, *saved)
+
+    return compute
 
 
 def _getter(operation: Operation, name: str) -> Callable[..., Any]:
@@ -176,33 +199,11 @@ def operation(
     if forward is None:
         return functools.partial(operation, label=label, keeps=keeps, view=view)
     record = Operation(forward, label, keeps, view)
-    return _publish(record, _general(record))
+    return publish(record, _general(record))
 
 
-def elementwise(
-    forward: Callable[..., Any] | None = None,
-    *,
-    label: str | None = None,
-    floating: bool = False,
-    needs_range: bool = False,
-) -> Any:
-    """Make an operation of an elementwise forward on one or two arrays.
-
-    Inputs are converted to their common dtype by PyTorch's rules (`floating`: integers become the default
-    float; `needs_range`, for one input: 16-bit floats become float32 under autocast), and pullbacks need
-    not undo broadcasting: that is done here, once.
-    """
-    if forward is None:
-        return functools.partial(
-            elementwise, label=label, floating=floating, needs_range=needs_range
-        )
-    record = Operation(forward, label)
-    if len(record.inputs) == 1:
-        return _publish(record, _unary(record, floating, needs_range))
-    return _publish(record, _binary(record, floating))
-
-
-def _publish(record: Operation, apply: Any) -> Any:
+def publish(record: Operation, apply: Any) -> Any:
+    """Give a function of Tensors and arrays the record of its operation, and what declares pullbacks."""
     apply = functools.wraps(record.forward)(apply)
     apply.operation = record
     apply.pullbacks = record.pullbacks
@@ -226,7 +227,7 @@ def _general(op: Operation) -> Callable[..., Any]:
                 foreign = True
             arrays.append(x)
         out = (
-            _call(op.name, forward, arrays, attributes)
+            call_on_device(op.name, forward, arrays, attributes)
             if foreign
             else forward(*arrays, **attributes)
         )
@@ -326,126 +327,6 @@ def array_of(value: Any) -> Any:
     return value.array if isinstance(value, Variable) else value
 
 
-# ---- elementwise ---------------------------------------------------------------------------------
-
-
-def _unary(op: Operation, floating: bool, needs_range: bool) -> Callable[..., Any]:
-    """Spell out the general case for one input: with `_binary`, the path of every small operation."""
-    forward = op.forward
-
-    def apply(x: Any, **attributes: Any) -> Any:
-        if needs_range and autocast_mode.dtype is not None:
-            x = raised(x)
-        a = x.array if isinstance(x, Variable) else x
-        try:
-            if type(a) is _ndarray and (not floating or a.dtype.kind == "f"):
-                out = forward(a, **attributes)
-            else:
-                x = _conform_one(op.name, x, floating)
-                out = _call_elementwise(op, floating, (array_of(x),), attributes)
-        except TypeError as error:
-            raise _refusal(error, op.name, x=x) from None
-        if not isinstance(x, Variable):
-            return out
-        if x._node is None or not op.rules or not grad_mode.enabled:
-            return Variable.Result(out)
-        if x._view is not None and x.node is None:  # a view that follows its base off the tape
-            return Variable.Result(out)
-        node = new_node(op.label, out.shape, out.dtype)
-        result = Variable.Result(out, node)
-        if op.saves_output:
-            out = result._counter = SavedOutput(result.array)
-        node.edges = (_elementwise_edge(op, 0, (x,), node.shape, out, attributes),)
-        return result
-
-    return apply
-
-
-def _binary(op: Operation, floating: bool) -> Callable[..., Any]:
-    """Spell out the general case for two inputs: this is the path of every small operation."""
-    forward = op.forward
-
-    def apply(x: Any, y: Any) -> Any:
-        a = x.array if isinstance(x, Variable) else x
-        b = y.array if isinstance(y, Variable) else y
-        if type(a) is _ndarray and (
-            (type(b) is _ndarray and a.dtype is b.dtype and (not floating or a.dtype.kind == "f"))
-            or ((type(b) is float or type(b) is int) and a.dtype.kind == "f")
-        ):
-            try:
-                out = forward(a, b)
-            except (ValueError, TypeError) as error:
-                raise _refusal(error, op.name, x=x, y=y) from None
-        else:
-            x, y = conform(op.name, x, y, floating)
-            try:
-                out = _call_elementwise(op, floating, (array_of(x), array_of(y)), {})
-            except (ValueError, TypeError, OverflowError) as error:
-                raise _refusal(error, op.name, x=x, y=y) from None
-        node_x = x._node if isinstance(x, Variable) else None
-        node_y = y._node if isinstance(y, Variable) else None
-        if (node_x is None and node_y is None) or not op.rules or not grad_mode.enabled:
-            return (
-                Variable.Result(out) if isinstance(x, Variable) or isinstance(y, Variable) else out
-            )
-        # Views that are out of date take their nodes before this one, in the order in which backward walks.
-        if node_x is not None and x._view is not None:
-            node_x = x.node
-        if node_y is not None and y._view is not None:
-            node_y = y.node
-        shape = out.shape
-        node = new_node(op.label, shape, out.dtype)
-        result = Variable.Result(out, node)
-        if op.saves_output:
-            out = result._counter = SavedOutput(result.array)
-        node.edges = (
-            node_x and _elementwise_edge(op, 0, (x, y), shape, out, None),
-            node_y and _elementwise_edge(op, 1, (x, y), shape, out, None),
-        )
-        return result
-
-    return apply
-
-
-def _refusal(error: Exception, name: str, **inputs: Any) -> Exception:
-    """Return what to raise for NumPy's or CuPy's error in an elementwise operation: in our words."""
-    if str(error).startswith(f"{name}: "):
-        return error
-    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in inputs.items()}
-    try:
-        np.broadcast_shapes(*shapes.values())
-    except ValueError:
-        got = ", ".join(f"{key}.shape={shape}" for key, shape in shapes.items())
-        return ValueError(f"{name}: shapes must broadcast together; got {got}")
-    got = ", ".join(
-        f"{key}.dtype={value.dtype}" if hasattr(value, "dtype") else f"{key}={value!r}"
-        for key, value in inputs.items()
-    )
-    if isinstance(error, OverflowError):
-        return ValueError(f"{name}: a number must fit into the tensor's dtype; got {got}")
-    if isinstance(error, TypeError):
-        return TypeError(f"{name}: not defined for these dtypes, convert them first; got {got}")
-    return ValueError(f"{name}: {error}; got {got}")
-
-
-def _elementwise_edge(
-    op: Operation, place: int, inputs: tuple[Any, ...], shape: Any, out: Any, attributes: Any
-) -> Any:
-    rule, x = op.rule_list[place], inputs[place]
-    if rule is None:
-        return None
-    pullback, keep, node = rule.pullback, rule.keep, x._node
-    if node.shape != shape:
-        pullback = functools.partial(_unbroadcast, pullback, node.shape)
-    return node, pullback, keep(inputs, out, None, attributes) if keep is not None else ()
-
-
-def _unbroadcast(
-    pullback: Callable[..., Any], shape: tuple[int, ...], grad: Any, *saved: Any
-) -> Any:
-    return sum_to_shape(pullback(grad, *saved), shape=shape)
-
-
 @operation
 def sum_to_shape(x, *, shape):
     """Sum over the axes along which `shape` was broadcast to x's: the adjoint of broadcasting."""
@@ -480,139 +361,7 @@ cast.operation.converts = True
 cast.pullbacks(x=lambda grad, x_dtype: grad if grad.dtype == x_dtype else cast(grad, dtype=x_dtype))
 
 
-# ---- precision under autocast --------------------------------------------------------------------
-# An operation that autocast has a say in asks `if autocast_mode.dtype is not None` and then one of
-# these. They convert floating point arrays on CUDA, but leave float64 as it is.
-
-
-def raised(x: Any) -> Any:
-    """Return 16-bit floats as float32: for an operation that needs its range or precision."""
-    if not _is_eligible(x) or x.dtype.itemsize != 2:
-        return x
-    return cast(x, dtype=float32)
-
-
-def lowered(x: Any) -> Any:
-    """Return floats in the 16 bits that products compute in, a leaf that requires grad once a region."""
-    dtype = autocast_mode.dtype
-    if getattr(x, "dtype", dtype) == dtype or not _is_eligible(x):
-        return x
-    if not (autocast_mode.caching and isinstance(x, Variable) and x.requires_grad and x.is_leaf):
-        return cast(x, dtype=dtype)
-    # The leaf is kept, so that no other object can have its id before the region ends. What a
-    # captured step converts has values only while the step is replayed.
-    region = (dtype, grad_mode.enabled, capture.current())
-    leaf, array, stamp, converted = autocast_mode.leaves.get((id(x), region), _NOTHING)
-    if leaf is x and array is x.array and stamp == x.version().stamp:
-        return converted
-    leaves = [x]
-    if not autocast_mode.leaves:  # the first of a region
-        place = devices.device_of(x.array)
-        leaves = [
-            one for one in autocast_mode.converted_with(x) if _is_leaf_on(place, x.array.dtype, one)
-        ]
-    _lower_leaves(leaves, region)
-    return autocast_mode.leaves[id(x), region][3]
-
-
-_NOTHING = (None, None, 0, None)
-
-
-def _is_leaf_on(place: devices.Device, dtype: Any, x: Variable) -> bool:
-    """Whether x is still a leaf that requires grad, of this dtype and on this device."""
-    if x._node is None or not x.is_leaf:
-        return False
-    return x.array.dtype == dtype and devices.device_of(x.array) is place
-
-
-def _lower_leaves(leaves: list[Any], region: tuple[Any, ...]) -> None:
-    """Convert leaves of one dtype, on one device, and keep them until the region ends."""
-    dtype, records, _ = region
-    stamps = [leaf.version().stamp for leaf in leaves]
-    with devices.on_device_of(leaves[0].array):
-        arrays = kernels.cast_all([leaf.array for leaf in leaves], dtype)
-    for leaf, stamp, array in zip(leaves, stamps, arrays, strict=True):
-        if records:
-            converted = _record(cast.operation, (leaf,), array, None, {"dtype": dtype})
-        else:
-            converted = Variable.Result(array)
-        autocast_mode.leaves[id(leaf), region] = (leaf, leaf.array, stamp, converted)
-
-
-def widest(x: Any, y: Any) -> tuple[Any, Any]:
-    """Return two inputs of unequal dtypes in the wider one: for an operation that asks for one dtype."""
-    if not _is_eligible(x) or not _is_eligible(y) or x.dtype == y.dtype:
-        return x, y
-    dtype = result_type(x, y)
-    x, y = (value if value.dtype == dtype else cast(value, dtype=dtype) for value in (x, y))
-    return x, y
-
-
-def _is_eligible(x: Any) -> bool:
-    array = array_of(x)
-    return (
-        hasattr(array, "dtype")
-        and is_floating_point(array.dtype)
-        and array.dtype.itemsize < 8
-        and kernels.place(array) == "cuda"
-    )
-
-
-def _conform_one(name: str, x: Any, floating: bool) -> Any:
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{name}: input must be a Tensor or an array; got {type(x).__name__}")
-    if floating and not is_floating_point(x.dtype):
-        return cast(x, dtype=get_default_dtype())
-    return x
-
-
-def conform(name: str, x: Any, y: Any, floating: bool = False) -> tuple[Any, Any]:
-    """Bring the arrays among x and y to their common dtype; Python numbers stay as they are."""
-    # A NumPy scalar beside an array is a number; in an ordinary backward it stands for a 0-d array.
-    alone = not any(isinstance(value, Variable) or getattr(value, "shape", ()) for value in (x, y))
-    scalar = np.asarray if alone else np.generic.item
-    x, y = values = [scalar(v) if isinstance(v, np.generic) else v for v in (x, y)]
-    arrays = [hasattr(value, "dtype") for value in values]
-    for value, is_array in zip(values, arrays, strict=True):
-        if not is_array and not isinstance(value, (bool, int, float)):
-            raise TypeError(
-                f"{name}: inputs must be Tensors, arrays or numbers; got {type(value).__name__}"
-            )
-    if not any(arrays):
-        raise TypeError(
-            f"{name}: one of the inputs must be a Tensor or an array; got {x!r} and {y!r}"
-        )
-    dtype = result_type(*values)
-    if floating and not is_floating_point(dtype):
-        dtype = get_default_dtype()
-    x, y = (
-        cast(value, dtype=dtype) if is_array and value.dtype != dtype else value
-        for value, is_array in zip(values, arrays, strict=True)
-    )
-    return x, y
-
-
-def _call_elementwise(
-    op: Operation, floating: bool, arrays: Sequence[Any], attributes: dict[str, Any]
-) -> Any:
-    """Run an elementwise forward where it is more than a call of NumPy's, keeping memory's order."""
-    forward = op.forward
-    dtypes = [array.dtype for array in arrays if hasattr(array, "dtype")]
-    # Beside a Python number NumPy and CuPy make bfloat16 float32, and most functions of floats have
-    # several steps, each of which would round.
-    if is_bfloat16(dtypes[0]) and (floating or len(dtypes) < len(arrays)):
-        forward = functools.partial(_in_float32, forward, dtypes[0])
-    return _call(op.name, forward, arrays, attributes, devices.in_memory_order)
-
-
-def _in_float32(forward: Callable[..., Any], dtype: Any, *arrays: Any, **attributes: Any) -> Any:
-    """Compute arrays of bfloat16, `dtype`, in float32; a result of numbers is rounded to it once."""
-    wide = [widened(array) if hasattr(array, "dtype") else array for array in arrays]
-    out = forward(*wide, **attributes)
-    return out.astype(dtype) if out.dtype == float32 else out
-
-
-def _call(
+def call_on_device(
     name: str,
     forward: Callable[..., Any],
     arrays: Sequence[Any],

@@ -379,6 +379,13 @@ def log_softmax_grad(grad: Array, out: Array) -> Array:
     return _module("log_softmax_grad", "softmax", grad=grad, out=out).log_softmax_grad(grad, out)
 
 
+def row_sums(x: Array) -> Array | None:
+    """Give the sums along the last axis of x (..., n), made in float64; None if no kernel is worth it."""
+    if place(x) != "cpu" or x.size < PARALLEL_SIZE or not has_kernels(x):
+        return None
+    return _import_family("cpu", "sums").row_sums(x)
+
+
 def layer_norm(
     x: Array, weight: Array | None, bias: Array | None, eps: float
 ) -> tuple[Array, Array, Array]:
@@ -494,11 +501,6 @@ def erf(x: Array) -> Array:
     return _module("erf", "special", x=x).erf(x)
 
 
-def sigmoid(x: Array) -> Array:
-    """Give 1 / (1 + exp(-x)), which does not overflow, for any shape."""
-    return _module("sigmoid", "special", x=x).sigmoid(x)
-
-
 def add_at(name: str, out: Array, positions: Array, values: Array) -> None:
     """Add values (n,) to out, a contiguous vector, at positions (n,), which lie in it.
 
@@ -514,14 +516,24 @@ def put_at(name: str, out: Array, positions: Array, values: Array) -> None:
     _import_family(place(out), "indexing").put_at(name, out, positions, values)
 
 
-def relu(x: Array) -> Array:
-    """Give max(x, 0) for any shape; nan stays nan."""
-    return _import_family(place(x), "activation").relu(x)
+def elementwise(name: str, *operands: Any) -> Array | None:
+    """Give what a formula makes of each element in one pass, or None where no kernel is worth it.
+
+    Operands are one or two arrays of one dtype, or an array and a number. The formulas are named as in
+    the devices' modules: "exp", or "gelu_grad" of grad and x, whose results NumPy and CuPy would make
+    in more passes or on one core. On the CPU they broadcast, and serve large arrays.
+    """
+    arrays = [operand for operand in operands if hasattr(operand, "dtype")]
+    device = place(arrays[0])
+    if device == "cpu" and all(array.size < PARALLEL_SIZE for array in arrays):
+        return None
+    return _import_family(device, "elementwise").elementwise(name, *operands)
 
 
 def relu_grad(grad: Array, out: Array) -> Array:
     """Give grad where `out`, the result of relu, is not 0, and 0 elsewhere, for any shape."""
-    return _import_family(place(grad), "activation").relu_grad(grad, out)
+    by_x = elementwise("relu_grad", grad, out)
+    return _import_family(place(grad), "activation").relu_grad(grad, out) if by_x is None else by_x
 
 
 def random_uniform(out: Array, take: Take) -> None:

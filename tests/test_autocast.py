@@ -14,7 +14,7 @@ import pytest
 import gradengine as ge
 from gradengine import kernels, nn
 from gradengine.nn import functional as F
-from gradengine.operation import lowered
+from gradengine.precision import lowered
 
 LOW = [ge.bfloat16, ge.float16]
 INDEX = np.array([[0, 1], [2, 0]])

@@ -29,7 +29,8 @@ SOURCES = sorted(
     + [*ROOT.glob("kernels/cuda/*.py")]
 )
 # In these, what has a method of numpy.ndarray is an array.
-ARRAY_CODE = [p for p in SOURCES if p.parent.name in ("ops", "cuda") or p.name == "operation.py"]
+CORE = ("operation.py", "precision.py", "elementwise.py")
+ARRAY_CODE = [p for p in SOURCES if p.parent.name in ("ops", "cuda") or p.name in CORE]
 ARRAY_METHODS = {name for name in dir(np.ndarray) if callable(getattr(np.ndarray, name))}
 ARRAY_METHODS -= set(dir(str))  # str.partition, say
 

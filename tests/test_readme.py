@@ -31,7 +31,7 @@ def test_the_example_prints_what_its_comments_say(capsys):
 def test_the_operation_is_differentiable_to_second_order():
     names: dict[str, Any] = {}
     exec("from gradengine.devices import array_module", names)
-    exec("from gradengine.operation import elementwise", names)
+    exec("from gradengine.elementwise import elementwise", names)
     exec(OPERATION, names)
     x = ge.tensor([[0.5], [2.0]], dtype=ge.float64, requires_grad=True)
     y = ge.tensor([1.5, -1.0], dtype=ge.float64, requires_grad=True)

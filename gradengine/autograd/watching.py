@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 APPLY = (  # the bodies that all operations share
     "gradengine.operation:_general.<locals>.apply",
-    "gradengine.operation:_unary.<locals>.apply",
-    "gradengine.operation:_binary.<locals>.apply",
+    "gradengine.elementwise:_unary.<locals>.apply",
+    "gradengine.elementwise:_binary.<locals>.apply",
 )
 MODULE_CALL = "gradengine.nn.module:Module.__call__"
 NEW_NODE = "gradengine.tape:Node.__init__"

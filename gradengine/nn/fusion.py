@@ -25,8 +25,9 @@ from gradengine.nn.convolution import Conv2d
 from gradengine.nn.module import Module
 from gradengine.nn.normalization import BatchNorm2d
 from gradengine.nn.pooling import MaxPool2d
-from gradengine.operation import lowered, operation
+from gradengine.operation import operation
 from gradengine.ops.convolution import conv2d_moments
+from gradengine.precision import lowered
 from gradengine.tensor import Tensor
 
 # Of each convolution: what is laid out for a kernel may be four times as large as the weight.

@@ -11,20 +11,22 @@ from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import bool_, is_floating_point, narrowed, sum_dtype
-from gradengine.operation import array_of, elementwise, operation, raised
+from gradengine.elementwise import elementwise
+from gradengine.operation import array_of, by_kernel, operation
 from gradengine.ops import random
 from gradengine.ops.dims import normalized_dim
 from gradengine.ops.elementwise import clamp, erf, exp, sigmoid, tanh, where
 from gradengine.ops.reduction import sum
+from gradengine.precision import raised
 from gradengine.tape import Variable
 
 # ---- rectifiers ----------------------------------------------------------------------------------
 
 
-@elementwise
+@elementwise(kernel=True)
 def relu(x):
     """Return max(x, 0); nan stays nan. The derivative at 0 is 0."""
-    return kernels.relu(x) if x.size >= kernels.PARALLEL_SIZE else array_module(x).maximum(x, 0)
+    return array_module(x).maximum(x, 0)
 
 
 @elementwise(label="ThresholdBackward0")
@@ -102,16 +104,12 @@ def elu(x: Any, alpha: float = 1.0) -> Any:
     return _elu(x, alpha=alpha)
 
 
-@elementwise(floating=True, label="GeluBackward0")
+@elementwise(floating=True, label="GeluBackward0", kernel=True)
 def _gelu(x):
-    out = kernels.erf(x * math.sqrt(0.5))
-    out += 1  # and so on in place: large arrays would be new memory each time
-    out *= 0.5
-    out *= x
-    return out
+    return x * (0.5 * (1 + erf.operation.forward(x * math.sqrt(0.5))))
 
 
-@elementwise(floating=True, label="GeluBackward0")
+@elementwise(floating=True, label="GeluBackward0", kernel=True)
 def _gelu_tanh(x):
     return 0.5 * x * (1 + array_module(x).tanh(_gelu_inner(x)))
 
@@ -133,8 +131,8 @@ def _gelu_tanh_grad(grad: Any, x: Any) -> Any:
     return grad * (0.5 * (1 + curve) + 0.5 * x * ((1 - curve * curve) * slope))
 
 
-_gelu.pullbacks(x=_gelu_grad)
-_gelu_tanh.pullbacks(x=_gelu_tanh_grad)
+_gelu.pullbacks(x=by_kernel("gelu_grad", _gelu_grad))
+_gelu_tanh.pullbacks(x=by_kernel("gelu_tanh_grad", _gelu_tanh_grad))
 
 
 def gelu(x: Any, approximate: str = "none") -> Any:
@@ -149,7 +147,7 @@ def gelu(x: Any, approximate: str = "none") -> Any:
     return _gelu(x) if approximate == "none" else _gelu_tanh(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, kernel=True)
 def silu(x):
     """Return x * sigmoid(x)."""
     return x * sigmoid.operation.forward(x)
@@ -160,7 +158,7 @@ def _silu_grad(grad: Any, x: Any) -> Any:
     return grad * (share * (1 + x * (1 - share)))
 
 
-silu.pullbacks(x=_silu_grad)
+silu.pullbacks(x=by_kernel("silu_grad", _silu_grad))
 
 
 @elementwise(floating=True, needs_range=True, label="SoftplusBackward0")
@@ -237,7 +235,8 @@ def _along_rows(kernel: Any, dim: int, *arrays: Any) -> Any:
     """Give what a kernel of rows makes of arrays whose rows lie along `dim`."""
     if dim == arrays[0].ndim - 1:
         return kernel(*arrays)
-    return np.moveaxis(kernel(*(np.moveaxis(x, dim, -1) for x in arrays)), -1, dim)
+    xp = array_module(arrays[0])
+    return xp.moveaxis(kernel(*(xp.moveaxis(x, dim, -1) for x in arrays)), -1, dim)
 
 
 def _softmax_grad(grad: Any, out: Any, dim: int) -> Any:

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from gradengine.devices import array_module
-from gradengine.operation import array_of, elementwise, operation
+from gradengine.elementwise import elementwise
+from gradengine.operation import array_of, operation
 
 
 @elementwise

@@ -8,9 +8,10 @@ from typing import Any
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.kernels.geometry import Conv2dGeometry, conv2d_geometry
-from gradengine.operation import lowered, operation
+from gradengine.operation import operation
 from gradengine.ops.reduction import sum
 from gradengine.ops.shape import squeeze, unsqueeze
+from gradengine.precision import lowered
 from gradengine.tape import Variable
 
 

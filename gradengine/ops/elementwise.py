@@ -13,47 +13,49 @@ import numpy as np
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, on_device_of
-from gradengine.dtypes import bool_, int64, is_floating_point, narrowed, result_type, widened
-from gradengine.operation import (
-    array_of,
-    cast,
-    conform,
-    elementwise,
-    operation,
-    raised,
-    sum_to_shape,
+from gradengine.dtypes import (
+    bool_,
+    float32,
+    int64,
+    is_floating_point,
+    narrowed,
+    result_type,
+    widened,
 )
+from gradengine.elementwise import conform, elementwise
+from gradengine.operation import array_of, by_kernel, cast, operation, sum_to_shape
 from gradengine.ops.conversion import kept_for_backward
+from gradengine.precision import raised
 from gradengine.tape import Variable
 
 # ---- arithmetic ----------------------------------------------------------------------------------
 
 
-@elementwise
+@elementwise(kernel=True)
 def add(x, y):
     """Return x + y."""
     return x + y
 
 
-@elementwise
+@elementwise(kernel=True)
 def sub(x, y):
     """Return x - y. Raises TypeError for two bools: use logical_xor or ^."""
     return x - y
 
 
-@elementwise(label="RsubBackward1")
+@elementwise(label="RsubBackward1", kernel=True)
 def rsub(x, y):
     """Return y - x."""
     return y - x
 
 
-@elementwise
+@elementwise(kernel=True)
 def mul(x, y):
     """Return x * y."""
     return x * y
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, kernel=True)
 def div(x, y):
     """Return x / y; integers are divided as the default float."""
     return x / y
@@ -159,8 +161,12 @@ def _trunc_divide(x, y):
 add.pullbacks(x=lambda grad: grad, y=lambda grad: grad)
 sub.pullbacks(x=lambda grad: grad, y=lambda grad: -grad)
 rsub.pullbacks(x=lambda grad: -grad, y=lambda grad: grad)
-mul.pullbacks(x=lambda grad, y: grad * y, y=lambda grad, x: grad * x)
-div.pullbacks(x=lambda grad, y: grad / y, y=lambda grad, x, y: -grad * (x / y) / y)
+mul.pullbacks(
+    x=by_kernel("mul", lambda grad, y: grad * y), y=by_kernel("mul", lambda grad, x: grad * x)
+)
+div.pullbacks(
+    x=by_kernel("div", lambda grad, y: grad / y), y=lambda grad, x, y: -grad * (x / y) / y
+)
 floor_divide.pullbacks(x=lambda grad: grad * 0, y=lambda grad: grad * 0)
 _trunc_divide.pullbacks(x=lambda grad: grad * 0, y=lambda grad: grad * 0)
 remainder.pullbacks(x=lambda grad: grad, y=lambda grad, x, y: -grad * floor(x / y))
@@ -287,7 +293,7 @@ def reciprocal(x):
     return 1 / x
 
 
-@elementwise(needs_range=True)
+@elementwise(needs_range=True, kernel=True)
 def square(x):
     """Return x * x."""
     return x * x
@@ -296,13 +302,13 @@ def square(x):
 sqrt.pullbacks(x=lambda grad, out: grad / (2 * out))
 rsqrt.pullbacks(x=lambda grad, out: grad * (-0.5 * (out * out * out)))
 reciprocal.pullbacks(x=lambda grad, out: -grad * (out * out))
-square.pullbacks(x=lambda grad, x: grad * (2 * x))
+square.pullbacks(x=by_kernel("square_grad", lambda grad, x: grad * (2 * x)))
 
 
 # ---- exponentials --------------------------------------------------------------------------------
 
 
-@elementwise(floating=True, needs_range=True)
+@elementwise(floating=True, needs_range=True, kernel=True)
 def exp(x):
     """Return e ** x."""
     return array_module(x).exp(x)
@@ -338,11 +344,9 @@ def log1p(x):
     return array_module(x).log1p(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, kernel=True)
 def sigmoid(x):
     """Return 1 / (1 + exp(-x)), without overflow."""
-    if x.size >= kernels.PARALLEL_SIZE and kernels.has_kernels(x):
-        return kernels.sigmoid(x)
     xp = array_module(x)
     decay = xp.exp(-builtins.abs(x))
     return xp.where(x >= 0, xp.ones_like(x), decay) / (1 + decay)
@@ -351,16 +355,18 @@ def sigmoid(x):
 @elementwise(floating=True)
 def erf(x):
     """Return the error function, 2 / sqrt(pi) times the integral of exp(-t**2) from 0 to x."""
-    return kernels.erf(x)
+    if kernels.has_kernels(x):
+        return kernels.erf(x)
+    return kernels.erf(x.astype(float32)).astype(x.dtype)  # 16-bit floats on the CPU
 
 
-exp.pullbacks(x=lambda grad, out: grad * out)
+exp.pullbacks(x=by_kernel("mul", lambda grad, out: grad * out))
 expm1.pullbacks(x=lambda grad, out: grad * (out + 1))
-log.pullbacks(x=lambda grad, x: grad / x)
+log.pullbacks(x=by_kernel("div", lambda grad, x: grad / x))
 log2.pullbacks(x=lambda grad, x: grad / (x * math.log(2)))
 log10.pullbacks(x=lambda grad, x: grad / (x * math.log(10)))
 log1p.pullbacks(x=lambda grad, x: grad / (x + 1))
-sigmoid.pullbacks(x=lambda grad, out: grad * (out - out * out))
+sigmoid.pullbacks(x=by_kernel("sigmoid_grad", lambda grad, out: grad * (out - out * out)))
 erf.pullbacks(x=lambda grad, x: grad * (2 / math.sqrt(math.pi) * exp(-(x * x))))
 
 
@@ -385,7 +391,7 @@ def tan(x):
     return array_module(x).tan(x)
 
 
-@elementwise(floating=True)
+@elementwise(floating=True, kernel=True)
 def tanh(x):
     """Return the hyperbolic tangent of x."""
     return array_module(x).tanh(x)
@@ -394,7 +400,7 @@ def tanh(x):
 sin.pullbacks(x=lambda grad, x: grad * cos(x))
 cos.pullbacks(x=lambda grad, x: -grad * sin(x))
 tan.pullbacks(x=lambda grad, out: grad * (1 + out * out))
-tanh.pullbacks(x=lambda grad, out: grad - grad * out * out)
+tanh.pullbacks(x=by_kernel("tanh_grad", lambda grad, out: grad - grad * out * out))
 
 
 # ---- selection -----------------------------------------------------------------------------------

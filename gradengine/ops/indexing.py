@@ -18,11 +18,12 @@ from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, sum_dtype
 from gradengine.kernels import settings
-from gradengine.operation import array_of, node_of, operation, sum_to_shape, widest
+from gradengine.operation import array_of, node_of, operation, sum_to_shape
 from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.dims import normalized_dim
 from gradengine.ops.joining import slices, unbind
 from gradengine.ops.shape import broadcast_tensors, expand, ravel, reshape
+from gradengine.precision import widest
 
 Axes = tuple[int, ...]
 Index = tuple[Any, ...]

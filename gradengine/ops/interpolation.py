@@ -11,7 +11,8 @@ import numpy as np
 from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.dtypes import is_floating_point
-from gradengine.operation import operation, raised
+from gradengine.operation import operation
+from gradengine.precision import raised
 
 
 class Taps(NamedTuple):

@@ -12,12 +12,14 @@ from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module, check_same_device, on_device_of
 from gradengine.dtypes import is_floating_point, narrowed, sum_dtype
-from gradengine.operation import array_of, elementwise, operation, raised
+from gradengine.elementwise import elementwise
+from gradengine.operation import array_of, operation
 from gradengine.ops.activation import hardtanh, log_softmax, logsigmoid, softmax
 from gradengine.ops.conversion import kept_for_backward, to_dtype
 from gradengine.ops.elementwise import abs, square, where
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape, unsqueeze
+from gradengine.precision import raised
 from gradengine.tape import Variable
 
 # ---- classes -------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import narrowed, widened
 from gradengine.kernels import settings
-from gradengine.operation import array_of, lowered, operation, sum_to_shape, widest
+from gradengine.operation import array_of, operation, sum_to_shape
 from gradengine.ops.shape import reshape
+from gradengine.precision import lowered, widest
 
 # ---- matrix products -----------------------------------------------------------------------------
 

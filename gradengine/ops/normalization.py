@@ -12,11 +12,12 @@ from gradengine.devices import array_module, check_same_device
 from gradengine.dtypes import float32, is_floating_point, narrowed, sum_dtype
 from gradengine.grad_mode import grad_mode
 from gradengine.kernels.geometry import Pool2dGeometry
-from gradengine.operation import array_of, cast, operation, raised, sum_to_shape
+from gradengine.operation import array_of, cast, operation, sum_to_shape
 from gradengine.ops.elementwise import rsqrt, where
 from gradengine.ops.pooling import max_pool2d_scatter
 from gradengine.ops.reduction import mean, sum
 from gradengine.ops.shape import reshape
+from gradengine.precision import raised
 from gradengine.tape import Variable, note_writes
 
 # ---- batch normalization -------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from gradengine import kernels
 from gradengine.autocast_mode import autocast_mode
 from gradengine.devices import array_module
 from gradengine.dtypes import get_default_dtype, is_floating_point, narrowed, sum_dtype, widened
-from gradengine.operation import cast, operation, raised
+from gradengine.operation import cast, operation
 from gradengine.ops.conversion import to_dtype
 from gradengine.ops.dims import normalized_dim, normalized_dims, numpy_spelled
 from gradengine.ops.elementwise import exp, maximum, minimum, pow, sign, where
@@ -23,6 +24,7 @@ from gradengine.ops.indexing import ValuesIndices, pick_along
 from gradengine.ops.joining import slices, stack
 from gradengine.ops.padding import pad
 from gradengine.ops.shape import flip, permute, reshape, unsqueeze
+from gradengine.precision import raised
 
 # ---- dims ----------------------------------------------------------------------------------------
 
@@ -64,9 +66,27 @@ def _check_not_empty(name: str, x: Any, dim: Dims) -> None:
 # ---- sums and means ------------------------------------------------------------------------------
 
 
+def _total(x: Any, dim: Dims, keepdim: bool) -> Any:
+    """Return the sum of an array over dims: of 16 bits in float32, else in its dtype."""
+    rows = _rows(x, dim) if x.size >= kernels.PARALLEL_SIZE else None
+    total = None if rows is None else kernels.row_sums(rows)
+    if total is None:
+        return x.sum(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype))
+    return total.reshape(_kept_shape(x.shape, dim)) if keepdim else total
+
+
+def _rows(x: Any, dim: Dims) -> Any:
+    """Return a view of x with all reduced dims as its last one, or None: they must lie together."""
+    reduced = range(x.ndim) if dim is None else dim
+    kept = [axis for axis in range(x.ndim) if axis not in reduced]
+    order = (*kept, *sorted(reduced, key=lambda axis: -x.strides[axis]))
+    moved = x.transpose(order)
+    return moved.reshape(*moved.shape[: len(kept)], -1) if moved.flags.c_contiguous else None
+
+
 @operation(label=lambda dim, keepdim: "SumBackward0" if dim is None else "SumBackward1")
 def _sum(x, *, dim, keepdim):
-    return narrowed(x.sum(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype)), x.dtype)
+    return narrowed(_total(x, dim, keepdim), x.dtype)
 
 
 @operation(label="ExpandBackward0")
@@ -94,7 +114,7 @@ def sum(x: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> An
 
 @operation(label=lambda dim, keepdim: "MeanBackward0" if dim is None else "MeanBackward1")
 def _mean(x, *, dim, keepdim):
-    total = x.sum(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype))
+    total = _total(x, dim, keepdim)
     # The mean of nothing is nan, without NumPy's warning.
     return narrowed(total / (_count(x.shape, dim) or math.nan), x.dtype)
 

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 keep_freed_memory()
 
 
-def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
+def parallel_kernel(function: Callable[..., Any], variant: str = "") -> Callable[..., None]:
     """Compile function(worker, workers, *arguments) for all cores: kernel(workers, *arguments).
 
     Workers 0 to `workers` - 1 share the work, on as many threads or, where these are busy and in a
     forked process, on fewer, with the same result. One launch runs at a time. The
-    compiled code is kept on disk (see `code_cache`). What the function calls is a `kernel_part`.
+    compiled code is kept on disk (see `code_cache`), under `variant` as well where one function is made
+    for several formulas. What the function calls is a `kernel_part`.
 
     An element of float32 beside a number that is written out, as in `x[i] if x[i] > 0 else 0`, is
     computed in float64, at half the speed or less: `x.dtype.type(0)` is a zero of the array's own.
@@ -42,7 +43,7 @@ def parallel_kernel(function: Callable[..., Any]) -> Callable[..., None]:
 
     options: Any = {"no_cfunc_wrapper": True}
     compiled = njit(nogil=True, error_model="numpy", **options)(entry)
-    keep_code(compiled, function)
+    keep_code(compiled, function, variant)
 
     @wraps(function)
     def launch(workers: int, *arguments: Any) -> None:

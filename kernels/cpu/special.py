@@ -1,30 +1,20 @@
-"""Functions of single elements that NumPy lacks, or needs several passes for."""
+"""The error function, which NumPy lacks."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from gradengine.kernels.cpu.launch import own_range, parallel_kernel
 from gradengine.kernels.cpu.threads import get_num_threads
-from gradengine.kernels.cpu.vector_math import NEAR, erf_far, erf_near, exponential
+from gradengine.kernels.cpu.vector_math import NEAR, erf_far, erf_near
 from gradengine.kernels.layout import Array
 
 PIECE = 1 << 10  # elements of one piece of work
 
 
 def erf(x: Array) -> Array:
-    return _of_elements(_erf32 if x.dtype == np.float32 else _erf, x)
-
-
-def sigmoid(x: Array) -> Array:
-    return _of_elements(_sigmoid, x)
-
-
-def _of_elements(kernel: Any, x: Array) -> Array:
-    """Give what a kernel makes of the elements, in memory as they lie."""
     x = np.asarray(x)
     elements = x.ravel("K")
     if not np.may_share_memory(elements, x):  # there are gaps between the elements
@@ -33,6 +23,7 @@ def _of_elements(kernel: Any, x: Array) -> Array:
     out = np.empty_like(x)
     # To Numba a read-only array is another type: it would compile a second time.
     given = elements if elements.flags.writeable else elements.copy()
+    kernel = _erf32 if x.dtype == np.float32 else _erf
     kernel(get_num_threads(), given, out.ravel("K"))
     return out
 
@@ -56,13 +47,3 @@ def _erf32(worker, workers, x, out):
             value = values[i]
             signed = far[i] if value > NEAR else -far[i]
             made[i] = erf_near(value) if abs(value) <= NEAR else signed
-
-
-@parallel_kernel
-def _sigmoid(worker, workers, x, out):
-    """Write 1 / (1 + exp(-x)), in terms of exp(-|x|), which does not overflow."""
-    own = own_range(worker, workers, x.size)
-    values, made, one = x[own.start : own.stop], out[own.start : own.stop], x.dtype.type(1)
-    for i in range(len(values)):
-        decay = exponential(-abs(values[i]))
-        made[i] = np.divide(one if values[i] >= 0 else decay, one + decay)

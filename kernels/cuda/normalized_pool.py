@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradengine.devices import array_module
-from gradengine.kernels.cuda.activation import relu_grad
+from gradengine.kernels.cuda.elementwise import formula
 from gradengine.kernels.cuda.launch import by_value, c_name, device_limits
 from gradengine.kernels.cuda.normalization import (
     MOST_LANES,
@@ -120,7 +120,7 @@ def batch_norm_relu_max_pool_grad(
     geometry: Pool2dGeometry,
 ) -> tuple[Array, Array, Array]:
     if peaks is None:
-        by_normalized = max_pool2d_scatter(relu_grad(grad, out), winners, geometry)
+        by_normalized = max_pool2d_scatter(formula("relu_grad", grad, out), winners, geometry)
         arguments = (None, None, weight, mean, inv_std, False, False)
         return batch_norm_act_grad(by_normalized, x, *arguments)[:3]
     xp, dtype = array_module(x), sum_dtype(x.dtype)

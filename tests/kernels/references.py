@@ -134,11 +134,3 @@ def batch_norm(x, weight, bias, eps):
 
 def erf(x):
     return np.array([math.erf(value) for value in x.ravel()]).reshape(x.shape)
-
-
-def sigmoid(x):
-    return np.array([_logistic(value) for value in x.ravel()]).reshape(x.shape)
-
-
-def _logistic(x):
-    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0

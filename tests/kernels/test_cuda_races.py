@@ -131,7 +131,11 @@ def test_matmul(shapes, dtype, draw):
 @pytest.mark.parametrize("size", [1000, 4096])
 def test_elementwise_and_optimizers(size, draw):
     x, grad, velocity, square = (draw((size,), np.float32) for _ in range(4))
-    kernels.relu_grad(grad, kernels.relu(kernels.sigmoid(kernels.erf(x))))
+    kernels.relu_grad(grad, kernels.erf(x))
+    for name in ("relu", "sigmoid", "silu", "gelu", "gelu_tanh"):
+        kernels.elementwise(name, x)
+    for name in ("sigmoid_grad", "tanh_grad", "silu_grad", "gelu_grad", "gelu_tanh_grad"):
+        kernels.elementwise(name, grad, x)
     options = {"lr": 0.1, "weight_decay": 1e-4, "maximize": False}
     sgd = {"momentum": 0.9, "dampening": 0.0, "nesterov": True}
     values, grads, velocities = [x, velocity[:7]], [grad, square[:7]], [velocity, x[:7].copy()]
@@ -174,7 +178,7 @@ def test_every_kernel_is_watched():
     names = {name for name, function in functions if function.__module__ == kernels.__name__}
     called = {name for name in names if f"kernels.{name}(" in text}
     on_the_cpu = {"softmax", "softmax_grad", "log_softmax", "log_softmax_grad"}
-    on_the_cpu |= {"layer_norm", "layer_norm_grad", "copy_in_order"}
+    on_the_cpu |= {"layer_norm", "layer_norm_grad", "copy_in_order", "row_sums"}
     assert {name for name in names - called - on_the_cpu if not name.startswith("_")} == {
         *("has_kernels", "has_row_kernels", "pack_conv2d", "place")
     }

@@ -44,7 +44,18 @@ def every_result():
             *(x, x, normal, passed), *(vector, mean, inv_std), relu=True, wants_residual=True
         ),
         kernels.erf(x),
+        *large_results(rng.standard_normal((520, 1001)).astype(np.float32)),
         *row_results(rng.standard_normal((150, 70)).astype(np.float32)),
+    ]
+
+
+def large_results(x):
+    return [
+        kernels.elementwise("add", x, x[:, :1].copy()),
+        kernels.elementwise("gelu", x),
+        kernels.elementwise("silu_grad", x, x),
+        kernels.row_sums(x),
+        kernels.row_sums(x.reshape(1, -1)),
     ]
 
 
