@@ -392,7 +392,7 @@ def layer_norm(
     """Normalize the rows of x (rows, n), which `has_row_kernels`, by their mean and biased variance.
 
     weight and bias (n,) may be None. Returns out = (x - mean) * inv_std * weight + bias, mean and
-    inv_std = 1 / sqrt(var + eps), both (rows,).
+    inv_std = 1 / sqrt(var + eps), both (rows,), float32 where x has 16 bits.
     """
     module = _layer_norm_module("layer_norm", x, weight=weight, bias=bias)
     return module.layer_norm(x, weight, bias, eps)
@@ -616,8 +616,9 @@ def has_kernels(array: Array) -> bool:
 
 
 def has_row_kernels(array: Array) -> bool:
-    """Whether kernels that go along rows take it and are worth it: on the CPU, and only there."""
-    return place(array) == "cpu" and array.size >= ROW_SIZE and has_kernels(array)
+    """Whether kernels that go along rows take an array and are worth it: on the CPU if it is large."""
+    large = array.size >= (ROW_SIZE if place(array) == "cpu" else 1)
+    return large and has_kernels(array)
 
 
 @cache  # NumPy makes up a dtype's name anew whenever it is asked

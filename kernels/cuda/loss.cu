@@ -1,43 +1,5 @@
-// Softmax cross entropy of rows of scores, and what their targets count for. THREADS threads make a row: a warp,
-// which knows no barrier, or a whole block.
-#include <elements.cuh>
-
-constexpr int WARP = 32;
-
-// This thread's row, and its place among the threads of the row.
-template <int THREADS>
-struct Team {
-    long long row;
-    int thread;
-
-    DEVICE Team() {
-        row = (long long)(blockIdx.x) * (blockDim.x / THREADS) + threadIdx.x / THREADS;
-        thread = threadIdx.x % THREADS;
-    }
-};
-
-// Combines one value of each thread of a row; all of them get the result, always in the same order.
-template <int THREADS, typename Value, typename Combine>
-DEVICE Value combine_row(Value value, Combine combine) {
-#pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
-        value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
-    }
-    if constexpr (THREADS > WARP) {
-        __shared__ Value of_warps[THREADS / WARP];
-        __syncthreads();  // what an earlier call left here has been read
-        if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
-        __syncthreads();
-        value = of_warps[0];
-        for (int warp = 1; warp < THREADS / WARP; ++warp) value = combine(value, of_warps[warp]);
-    }
-    return value;
-}
-
-DEVICE float exponential(float x) { return expf(x); }
-DEVICE double exponential(double x) { return exp(x); }
-DEVICE float logarithm(float x) { return logf(x); }
-DEVICE double logarithm(double x) { return log(x); }
+// Softmax cross entropy of rows of scores, and what their targets count for.
+#include <rows.cuh>
 
 // x (rows, classes), target and losses (rows,), shifts (rows, 2): maximum, logarithm of the sum of powers.
 template <typename T, typename Target, int THREADS>
@@ -58,7 +20,7 @@ __global__ void softmax_cross_entropy(const T* x, const Target* target, T* losse
     for (long long i = team.thread; i < classes; i += THREADS) {
         total += exponential(to_float(scores[i]) - peak);
     }
-    total = combine_row<THREADS>(total, [](Value a, Value b) { return a + b; });
+    total = row_sum<THREADS>(total);
     if (team.thread != 0) return;
     const Value log_sum = logarithm(total);
     shifts[2 * team.row] = peak;

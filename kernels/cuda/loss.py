@@ -6,12 +6,8 @@ import numpy as np
 
 from gradengine.devices import array_module
 from gradengine.kernels.cuda.launch import c_name, kernel
+from gradengine.kernels.cuda.rows import BLOCK, TEAMS, in_rows, run_rows
 from gradengine.kernels.layout import Array
-
-WARP = 32
-BLOCK = 256
-ROWS_OF_BLOCK = 4  # where a warp makes a row
-WARP_CLASSES = 256  # up to which a warp does
 
 _TARGETS = {
     np.dtype(np.int64): "long long",
@@ -34,7 +30,7 @@ KERNELS = {
             f"{name}<{pair}, {threads}>"
             for name in ("softmax_cross_entropy", "softmax_cross_entropy_grad")
             for pair in _PAIRS
-            for threads in (WARP, BLOCK)
+            for threads in TEAMS
         ),
         *(f"class_scale<{pair}>" for pair in _PAIRS),
     )
@@ -45,13 +41,13 @@ def softmax_cross_entropy(x: Array, target: Array) -> tuple[Array, Array]:
     xp = array_module(x)
     losses = xp.empty(len(x), x.dtype)
     shifts = xp.empty((len(x), 2), np.float64 if x.dtype == np.float64 else np.float32)
-    _run("softmax_cross_entropy", x, target, (_rows(x), _rows(target), losses, shifts))
+    _run("softmax_cross_entropy", x, target, (in_rows(x), in_rows(target), losses, shifts))
     return losses, shifts
 
 
 def softmax_cross_entropy_grad(grad: Array, x: Array, target: Array, shifts: Array) -> Array:
     out = array_module(x).empty(x.shape, x.dtype)
-    arrays = (*map(_rows, (grad, x, target, shifts)), out)
+    arrays = (*map(in_rows, (grad, x, target, shifts)), out)
     _run("softmax_cross_entropy_grad", x, target, arrays)
     return out
 
@@ -71,15 +67,4 @@ def class_scale(
 
 
 def _run(name: str, x: Array, target: Array, arrays: tuple[Array, ...]) -> None:
-    rows, classes = x.shape
-    if not x.size:
-        return
-    whole_block = classes > WARP_CLASSES
-    threads, of_block = (BLOCK, 1) if whole_block else (WARP, ROWS_OF_BLOCK)
-    types = f"{c_name(x.dtype)}, {_TARGETS[target.dtype]}, {threads}"
-    run = kernel("loss.cu", f"{name}<{types}>")
-    run((-(-rows // of_block),), (threads * of_block,), (*arrays, rows, classes))
-
-
-def _rows(x: Array) -> Array:
-    return array_module(x).ascontiguousarray(x)
+    run_rows("loss.cu", f"{name}<{c_name(x.dtype)}, {_TARGETS[target.dtype]}", x.shape, *arrays)

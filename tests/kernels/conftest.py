@@ -10,7 +10,7 @@ ELEMENTWISE = ("erf", "relu_grad")  # these keep the layout they are given
 WITH_TABLES = ("weigh",)  # of which only the first array is the device's
 # of 16-bit arrays these also give float32
 WITH_SUMS = (
-    *("softmax_cross_entropy", "batch_norm_act", "batch_norm_act_grad"),
+    *("softmax_cross_entropy", "batch_norm_act", "batch_norm_act_grad", "layer_norm"),
     *("batch_norm_relu_max_pool", "batch_norm_relu_max_pool_grad"),
 )
 
