@@ -34,7 +34,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: its folder is on the path, the repository is not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import gpu_kernels, gpu_report, gpu_steps
+from benchmarks import gpu_kernels, gpu_passes, gpu_report, gpu_steps
 from benchmarks.gpu_device import Cuda, Device, Rehearsal, import_torch
 from benchmarks.gpu_kernels import Sizes
 from benchmarks.gpu_process import launch_rows, process_rows
@@ -64,7 +64,7 @@ GROUPS: dict[str, Rows] = {
     "limits": _kernels(gpu_kernels.limit_rows),
     "training": _steps("training"),
     "convolutions": _kernels(gpu_kernels.convolution_rows),
-    "passes": _kernels(gpu_kernels.pass_rows),
+    "passes": _kernels(gpu_passes.pass_rows),
     "matmul": _kernels(gpu_kernels.matmul_rows),
     "frozen": _steps("frozen"),
     "forward": _steps("forward"),

@@ -399,9 +399,14 @@ def layer_norm(
 
 
 def layer_norm_grad(
-    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
-) -> tuple[Array, Array, Array]:
-    """Give layer_norm's gradients by x, weight and bias, for grad shaped like x (rows, n).
+    grad: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    inv_std: Array,
+    wants_vectors: bool = True,
+) -> tuple[Array, Array | None, Array | None]:
+    """Give layer_norm's gradients by x and, if wanted, weight and bias, for grad shaped like x (rows, n).
 
     mean and inv_std (rows,) are its results; they depend on x, which the gradient counts.
     """
@@ -410,7 +415,7 @@ def layer_norm_grad(
     for key, array in (("mean", mean), ("inv_std", inv_std)):
         _check_shape(name, key, array, x.shape[:1])
     module = _layer_norm_module(name, x, grad=grad, weight=weight)
-    return module.layer_norm_grad(grad, x, weight, mean, inv_std)
+    return module.layer_norm_grad(grad, x, weight, mean, inv_std, wants_vectors)
 
 
 def class_scale(

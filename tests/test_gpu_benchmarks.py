@@ -436,7 +436,7 @@ def rehearsed(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
         ("--only", "matmul"),
         ("--only", "convolutions", "--rows", "bf16.*(1x1|7x7)"),
         ("--only", "passes", "--rows", "SGD|pool|pixels|entropy|512"),
-        ("--only", "passes", "--rows", "known statistics"),
+        ("--only", "passes", "--rows", "known statistics|gelu|softmax|layer norm"),
     ],
     ids=lambda arguments: " ".join(arguments[1::2]),
 )
@@ -455,7 +455,7 @@ def test_rows_of_kernels_run(arguments: tuple[str, ...], tmp_path: Path, capsys)
     ("group", "rows"),
     [
         ("convolutions", "bf16.*(1x1 stride 2, 64|7x7)"),
-        ("passes", "bf16.*(pool|64 x 16|pixels)"),
+        ("passes", "bf16.*(pool|64 x 16|pixels|silu|softmax|norm, 512)"),
         ("matmul", "bf16 256"),
     ],
 )

@@ -423,8 +423,9 @@ def _layer_norm_grad(
     shape = x.shape[axes[0] :]
     if not isinstance(grad, Variable) and kernels.has_row_kernels(x):
         vectors = _flat(weight), _flat(mean), _flat(inv_std)
-        grads = kernels.layer_norm_grad(_as_rows(grad, axes), _as_rows(x, axes), *vectors)
-        return grads[0].reshape(x.shape), *(vector.reshape(shape) for vector in grads[1:])
+        rows, wants_vectors = (_as_rows(grad, axes), _as_rows(x, axes)), wanted[1] or wanted[2]
+        by_x, *others = kernels.layer_norm_grad(*rows, *vectors, wants_vectors)
+        return by_x.reshape(x.shape), *(None if v is None else v.reshape(shape) for v in others)
     normal, inv_std = _layer_norm_parts(x, mean, inv_std, axes, eps)
     by_x = by_weight = by_bias = None
     if wanted[0]:

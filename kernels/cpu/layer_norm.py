@@ -27,17 +27,18 @@ def layer_norm(
 
 
 def layer_norm_grad(
-    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
-) -> tuple[Array, Array, Array]:
+    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array, wants_vectors: bool
+) -> tuple[Array, Array | None, Array | None]:
     grads, rows, length = kernel_rows(grad), kernel_rows(x), x.shape[-1]
     by_x = np.empty_like(rows)
     weight = np.ones(length, x.dtype) if weight is None else as_vector(weight, x.dtype)
     statistics = as_vector(mean, x.dtype), as_vector(inv_std, x.dtype)
     # Cut by size alone, and added in order: any thread count gives equal bits.
-    parts = np.zeros((min(MOST_PARTS, -(-len(rows) // LEAST_ROWS)), 2, length))
+    count = min(MOST_PARTS, -(-len(rows) // LEAST_ROWS))
+    parts = np.zeros((count, 2, length if wants_vectors else 0))
     _grad(get_num_threads(), grads, rows, weight, *statistics, by_x, parts)
-    by_weight, by_bias = parts.sum(axis=0).astype(x.dtype, copy=False)
-    return by_x.reshape(x.shape), by_weight, by_bias
+    by_x = by_x.reshape(x.shape)
+    return (by_x, *parts.sum(axis=0).astype(x.dtype)) if wants_vectors else (by_x, None, None)
 
 
 @parallel_kernel
@@ -54,8 +55,11 @@ def _normalize(worker, workers, x, weight, bias, eps, mean, inv_std, out):
 
 @parallel_kernel
 def _grad(worker, workers, grad, x, weight, mean, inv_std, by_x, parts):
-    """Fill by_x (rows, length); add to parts (parts, 2, length) what each gives by weight and bias."""
-    rows, length = x.shape
+    """Fill by_x (rows, length); add to parts (parts, 2, length) what each gives by weight and bias.
+
+    Where these are not wanted, parts is (parts, 2, 0).
+    """
+    rows, length = len(x), parts.shape[2]
     sums = np.empty((2, length), x.dtype)
     for part in own_range(worker, workers, len(parts)):
         stop = (part + 1) * rows // len(parts)
@@ -78,7 +82,8 @@ def _row_grad(grad, x, weight, mean, inv_std, by_x, sums):
     for i in range(len(x)):
         normal = (x[i] - mean) * inv_std
         by_x[i] = inv_std * (grad[i] * weight[i] - mean_grad - normal * mean_along)
-        by_weight[i] += grad[i] * normal
+    for i in range(len(by_weight)):
+        by_weight[i] += grad[i] * ((x[i] - mean) * inv_std)
         by_bias[i] += grad[i]
 
 

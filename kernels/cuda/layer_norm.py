@@ -43,23 +43,27 @@ def layer_norm(
 
 
 def layer_norm_grad(
-    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array
-) -> tuple[Array, Array, Array]:
-    xp, (rows, length) = array_module(x), x.shape
+    grad: Array, x: Array, weight: Array | None, mean: Array, inv_std: Array, wants_vectors: bool
+) -> tuple[Array, Array | None, Array | None]:
     grad, x, mean, inv_std = map(in_rows, (grad, x, mean, inv_std))
     weight = None if weight is None else in_rows(weight)
-    by_x = xp.empty(x.shape, x.dtype)
-    name = c_name(x.dtype)
-    run_rows(SOURCE, f"layer_norm_grad<{name}", x.shape, grad, x, weight, mean, inv_std, by_x)
+    by_x = array_module(x).empty(x.shape, x.dtype)
+    name = f"layer_norm_grad<{c_name(x.dtype)}"
+    run_rows(SOURCE, name, x.shape, grad, x, weight, mean, inv_std, by_x)
+    return (by_x, *_sums(grad, x, mean, inv_std)) if wants_vectors else (by_x, None, None)
+
+
+def _sums(grad: Array, x: Array, mean: Array, inv_std: Array) -> Array:
+    """Give the gradients by weight and bias, (2, length)."""
+    rows, length = x.shape
     blocks = -(-length // COLUMNS)
     count = max(1, min(-(-rows // ROWS_OF_PART), MOST_BLOCKS // max(1, blocks)))
-    parts = xp.zeros((count, 2, length), mean.dtype)
+    parts = array_module(x).zeros((count, 2, length), mean.dtype)
     if x.size:
-        run = kernel(SOURCE, f"layer_norm_sums<{name}>")
+        run = kernel(SOURCE, f"layer_norm_sums<{c_name(x.dtype)}>")
         arguments = (grad, x, mean, inv_std, parts, rows, length)
         run((blocks, count), (COLUMNS * LANES,), arguments)
-    by_weight, by_bias = parts.sum(axis=0).astype(x.dtype, copy=False)
-    return by_x, by_weight, by_bias
+    return parts.sum(axis=0).astype(x.dtype, copy=False)
 
 
 def _sum_dtype(x: Array) -> np.dtype:

@@ -64,6 +64,16 @@ def test_vectors_may_be_left_out(rng, place):
             assert_close(got, expected, np.float64)
 
 
+def test_gradients_by_vectors_are_made_where_they_are_wanted(place, rng):
+    x, weight, bias, grad = drawn((40, 21), np.float64, rng)
+    _, mean, inv_std = place("layer_norm", x, weight, bias, EPS)
+    given = grad, x, weight, mean, inv_std
+    by_x, by_weight, by_bias = place("layer_norm_grad", *given, False)
+    assert by_weight is None
+    assert by_bias is None
+    np.testing.assert_array_equal(by_x, place("layer_norm_grad", *given, True)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_mean_far_from_zero_costs_no_more_than_rounding(dtype, rng, place):
     x, weight, bias, grad = drawn((4, 3 * TERMS + 5), dtype, rng)
