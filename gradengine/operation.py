@@ -335,6 +335,10 @@ def sum_to_shape(x, *, shape):
         added + axis for axis, size in enumerate(shape) if size == 1 != x.shape[added + axis]
     )
     axes = (*range(added), *stretched)
+    if x.size >= kernels.PARALLEL_SIZE:
+        total = kernels.sum_over(x, axes)
+        if total is not None:
+            return total.reshape(shape)
     if x.dtype.itemsize > 2:
         return x.sum(axis=axes, keepdims=True).reshape(shape)
     total = x.sum(axis=axes, keepdims=True, dtype=sum_dtype(x.dtype))

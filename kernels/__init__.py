@@ -379,11 +379,15 @@ def log_softmax_grad(grad: Array, out: Array) -> Array:
     return _module("log_softmax_grad", "softmax", grad=grad, out=out).log_softmax_grad(grad, out)
 
 
-def row_sums(x: Array) -> Array | None:
-    """Give the sums along the last axis of x (..., n), made in float64; None if no kernel is worth it."""
+def sum_over(x: Array, axes: Sequence[int]) -> Array | None:
+    """Give the sum over axes, counted from the front, or None if no kernel is worth it.
+
+    Sums are made in float64, or in x's dtype of few elements and then in float64. The result has x's
+    dtype and its other axes.
+    """
     if place(x) != "cpu" or x.size < PARALLEL_SIZE or not has_kernels(x):
         return None
-    return _import_family("cpu", "sums").row_sums(x)
+    return _import_family("cpu", "sums").sum_over(x, axes)
 
 
 def layer_norm(

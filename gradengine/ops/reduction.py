@@ -68,20 +68,12 @@ def _check_not_empty(name: str, x: Any, dim: Dims) -> None:
 
 def _total(x: Any, dim: Dims, keepdim: bool) -> Any:
     """Return the sum of an array over dims: of 16 bits in float32, else in its dtype."""
-    rows = _rows(x, dim) if x.size >= kernels.PARALLEL_SIZE else None
-    total = None if rows is None else kernels.row_sums(rows)
+    total = None
+    if x.size >= kernels.PARALLEL_SIZE:
+        total = kernels.sum_over(x, range(x.ndim) if dim is None else dim)
     if total is None:
         return x.sum(axis=dim, keepdims=keepdim, dtype=sum_dtype(x.dtype))
     return total.reshape(_kept_shape(x.shape, dim)) if keepdim else total
-
-
-def _rows(x: Any, dim: Dims) -> Any:
-    """Return a view of x with all reduced dims as its last one, or None: they must lie together."""
-    reduced = range(x.ndim) if dim is None else dim
-    kept = [axis for axis in range(x.ndim) if axis not in reduced]
-    order = (*kept, *sorted(reduced, key=lambda axis: -x.strides[axis]))
-    moved = x.transpose(order)
-    return moved.reshape(*moved.shape[: len(kept)], -1) if moved.flags.c_contiguous else None
 
 
 @operation(label=lambda dim, keepdim: "SumBackward0" if dim is None else "SumBackward1")
