@@ -106,13 +106,11 @@ def _part(operand: Any, largest: Array, order: Sequence[int]) -> Array | None:
 
 
 def _row_length(parts: Sequence[Array], size: int) -> int:
-    """Give the n of which all parts are (1, n) or (size / n, 1), or all or a number; 0 if there is none."""
-    lengths = set()
+    """Give the n of the part that is (1, n) or (size / n, 1), or of all of it; of two parts one is all."""
     for part in parts:
-        rows, length = part.shape
         if 1 < part.size < size:
-            lengths.add(length if rows == 1 else size // rows)
-    return size if not lengths else lengths.pop() if len(lengths) == 1 else 0
+            return part.shape[1] if len(part) == 1 else size // len(part)
+    return size
 
 
 # ---- kernels -------------------------------------------------------------------------------------

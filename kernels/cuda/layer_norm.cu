@@ -21,7 +21,7 @@ __global__ void layer_norm(const T* x, const T* weight, const T* bias, double ep
     const T* row = x + team.row * length;
     Value total = 0;
     for_row<THREADS>(row, length, team.thread, [&](long long, Value value) { total += value; });
-    Value center = row_sum<THREADS>(total) / Value(length);
+    const Value center = row_sum<THREADS>(total) / Value(length);
     Value squares = 0, distances = 0;  // whose sum is what rounding did to the mean
     for_row<THREADS>(row, length, team.thread, [&](long long, Value value) {
         squares += (value - center) * (value - center);
@@ -30,7 +30,6 @@ __global__ void layer_norm(const T* x, const T* weight, const T* bias, double ep
     const Value off = row_sum<THREADS>(distances) / Value(length);
     const Value variance = row_sum<THREADS>(squares) / Value(length) - off * off;
     const Value scale = inverse_root((variance < 0 ? Value(0) : variance) + Value(eps));
-    center += off;
     fill_row<THREADS>(out + team.row * length, row, length, team.thread, [&](long long i, Value value) {
         return (value - center) * scale * element_or(weight, i, Value(1)) + element_or(bias, i, Value(0));
     });
