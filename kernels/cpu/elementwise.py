@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -87,22 +88,31 @@ def _part(operand: Any, largest: Array, order: Sequence[int]) -> Array | None:
     """
     if not isinstance(operand, np.ndarray):
         return np.full((1, 1), operand, largest.dtype)
-    if operand.shape != largest.shape:
-        try:
-            operand = np.broadcast_to(operand, largest.shape)
-        except ValueError:  # the largest repeats as well, or they do not fit
-            return None
-    operand = operand.transpose(order)
-    if operand.flags.c_contiguous:
+    sizes = (1,) * (largest.ndim - operand.ndim) + operand.shape
+    if len(sizes) > largest.ndim or any(
+        n not in (1, most) for n, most in zip(sizes, largest.shape, strict=True)
+    ):
+        return None  # the largest repeats as well, or they do not fit
+    operand = operand.reshape(sizes).transpose(order)
+    if operand.size == largest.size and operand.flags.c_contiguous:
         return operand.reshape(1, -1) if operand.flags.writeable else None
     repeats = [n == 1 or not step for n, step in zip(operand.shape, operand.strides, strict=True)]
     if all(repeats):
         return operand[(slice(1),) * operand.ndim].reshape(1, 1).copy()
-    row = operand[(0,) * repeats.index(False)]
-    column = operand[(..., *(0,) * repeats[::-1].index(False))]
-    if 4 * min(row.size, column.size) > operand.size:
+    shape = tuple([largest.shape[axis] for axis in order])
+    first, last = repeats.index(False), len(shape) - repeats[::-1].index(False)
+    row, column = prod(shape[first:]), prod(shape[:last])
+    if 4 * min(row, column) > largest.size:
         return None
-    return row.reshape(1, -1).copy() if row.size <= column.size else column.reshape(-1, 1).copy()
+    if row <= column:
+        return _expanded(operand[(0,) * first], shape[first:]).reshape(1, -1).copy()
+    return (
+        _expanded(operand[(..., *(0,) * (len(shape) - last))], shape[:last]).reshape(-1, 1).copy()
+    )
+
+
+def _expanded(array: Array, shape: tuple[int, ...]) -> Array:
+    return array if array.shape == shape else np.broadcast_to(array, shape)
 
 
 def _row_length(parts: Sequence[Array], size: int) -> int:

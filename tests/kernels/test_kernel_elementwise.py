@@ -167,6 +167,7 @@ def test_what_numpy_computes_as_well_has_no_kernel(rng):
         (x[:, :, :, :1], x[:1]),  # each is smaller than the result
         (np.broadcast_to(x[0, 0, 0, ::-1], x.shape), 2.0),  # nothing is as large
         (x, x[:3]),  # shapes that do not fit
+        (x, np.ones((1,) * 5)),  # the result has more axes than the largest
         (rng.standard_normal((100_000, 3)), np.ones(3)),  # short rows
     ):
         assert kernels.elementwise("add", *given) is None
