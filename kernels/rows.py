@@ -23,7 +23,7 @@ class Rows:
     def __init__(self, dtype: np.dtype, values: Sequence[Array], *others: Sequence[Array]) -> None:
         dense = [_dense(array, dtype) for array in values]
         self._given = (values, *others)
-        self._rows = [dense, *(list(map(_alike, row, dense)) for row in others)]
+        self._rows = [dense, *(list(map(alike, row, dense)) for row in others)]
 
     def __enter__(self) -> list[list[Array]]:
         return self._rows
@@ -46,7 +46,7 @@ def _dense(array: Array, dtype: np.dtype) -> Array:
     return array_module(array).array(array, dtype, order="C")
 
 
-def _alike(array: Array, like: Array) -> Array:
+def alike(array: Array, like: Array) -> Array:
     """Give the array itself if its memory is laid out as that of `like`, else a copy that is."""
     same = array.strides == like.strides or _same_order(array.shape, array.strides, like.strides)
     # NumPy's scalars have a dtype and strides too, but no memory

@@ -6,6 +6,7 @@ from gradengine.devices import array_module
 from gradengine.kernels.cuda.launch import c_name, kernel
 from gradengine.kernels.cuda.layout import PACK_BYTES, is_dense
 from gradengine.kernels.layout import Array
+from gradengine.kernels.rows import alike
 
 SOURCE = "elementwise.cu"
 # As in the source: threads of a block, and packs of a thread, of all inputs together.
@@ -32,7 +33,7 @@ def formula(name: str, *operands: Array) -> Array:
     """Compute one of the formulas of floating point arrays of one shape."""
     like = next((array for array in operands if is_dense(array)), None)
     like = operands[0].copy() if like is None else like
-    given = [_alike(array, like) for array in operands]
+    given = [alike(array, like) for array in operands]
     out = array_module(like).empty_like(like)
     size = out.size
     if size:
@@ -41,13 +42,4 @@ def formula(name: str, *operands: Array) -> Array:
         run = kernel(SOURCE, f"{name}_elements<{c_name(out.dtype)}>")
         flat = [array if array.ndim else array[None] for array in (*given, out)]
         run((blocks,), (THREADS,), (*flat, size))
-    return out
-
-
-def _alike(array: Array, like: Array) -> Array:
-    """Give the array itself if its elements lie as those of `like` do, else a copy that does."""
-    if array.strides == like.strides and array.dtype == like.dtype and is_dense(array):
-        return array
-    out = array_module(like).empty_like(like)
-    out[...] = array
     return out
